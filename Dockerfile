@@ -1,0 +1,13 @@
+FROM python:3.14.7-slim-trixie
+
+WORKDIR /app
+COPY requirements.txt .
+RUN pip install --no-cache-dir --no-compile --disable-pip-version-check --root-user-action=ignore -r requirements.txt
+COPY cart.py gunicorn.conf.py schema.sql ./
+
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+USER 10001:10001
+EXPOSE 8080
+HEALTHCHECK --interval=5s --timeout=6s --start-period=20s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/healthz', timeout=5)"]
+CMD ["gunicorn", "cart:app"]
