@@ -135,13 +135,6 @@ with app.app_context():
     engine = db.engine
 
 
-@sa.event.listens_for(engine, "connect")
-def limit_statements(connection: Any, *_: object) -> None:
-    """Have the server give up a statement that waits, say for a locked table."""
-    with connection.cursor() as cursor:
-        cursor.execute("SET statement_timeout = %s", (f"{STATEMENT_TIMEOUT}s",))
-
-
 @sa.event.listens_for(engine, "checkout")
 def replace_dead_connection(connection: Any, *_: object) -> None:
     """Have the pool connect anew where the server hung up, which costs no round trip to see."""
@@ -167,9 +160,14 @@ def wait_for_database(connection: Any) -> None:
 psycopg2.extensions.set_wait_callback(wait_for_database)
 
 
-def sql(statement: sa.Executable) -> str:
-    """Return a statement's text for psycopg2: compiled once, as that costs more than to run it."""
-    return str(statement.compile(engine))  # type: ignore[attr-defined]
+class Statement:
+    """A statement compiled once, as that costs more than to run it, and prepared on every connection."""
+
+    def __init__(self, name: str, expression: sa.Executable) -> None:
+        numbered = expression.compile(dialect=postgresql.dialect(paramstyle="numeric_dollar"))  # type: ignore[attr-defined]
+        self.text = str(expression.compile(engine))  # type: ignore[attr-defined]
+        self.prepare = f"PREPARE {name} AS {numbered}"
+        self.execute = f"EXECUTE {name} ({', '.join(f'%({value})s' for value in numbered.positiontup)})"
 
 
 user, product = sa.bindparam("user", type_=sa.Text()), sa.bindparam("product", type_=sa.Text())
@@ -177,7 +175,7 @@ change, zero = sa.bindparam("change", type_=sa.Integer()), sa.literal_column("0"
 of_user = CartItem.user_id == user
 of_line = of_user & (CartItem.product_id == product)
 
-ADD = sql(
+add = (
     postgresql.insert(CartItem)
     .values(user_id=user, product_id=product, quantity=change)
     .on_conflict_do_update(constraint="cart_items_pkey", set_={"quantity": CartItem.quantity + change})
@@ -187,14 +185,29 @@ ADD = sql(
 line = sa.select((CartItem.quantity + change).label("total")).where(of_line).with_for_update().cte("line")
 kept = sa.update(CartItem).where(of_line, line.c.total > zero).values(quantity=line.c.total).cte("kept")
 removed = sa.delete(CartItem).where(of_line, line.c.total <= zero).cte("removed")
-TAKE = sql(sa.select(sa.func.greatest(sa.func.max(line.c.total), zero)).add_cte(kept, removed))
-READ = sql(sa.select(CartItem.product_id, CartItem.quantity).where(of_user).order_by(CartItem.product_id))
-EMPTY = sql(sa.delete(CartItem).where(of_user).returning(CartItem.product_id))
-REMOVE = sql(sa.delete(CartItem).where(of_line).returning(CartItem.product_id))
-PING = "SELECT 1"
+take = sa.select(sa.func.greatest(sa.func.max(line.c.total), zero)).add_cte(kept, removed)
+
+ADD = Statement("cart_add", add)
+TAKE = Statement("cart_take", take)
+READ = Statement(
+    "cart_read", sa.select(CartItem.product_id, CartItem.quantity).where(of_user).order_by(CartItem.product_id)
+)
+EMPTY = Statement("cart_empty", sa.delete(CartItem).where(of_user).returning(CartItem.product_id))
+REMOVE = Statement("cart_remove", sa.delete(CartItem).where(of_line).returning(CartItem.product_id))
 
 
-def run(statement: str, **values: object) -> Sequence[Any]:
+@sa.event.listens_for(engine, "connect")
+def set_up_connection(connection: Any, record: Any) -> None:
+    """Have the server give up statements that wait, say for a locked table, and prepare ours."""
+    with connection.cursor() as cursor:
+        cursor.execute("SET statement_timeout = %s; SELECT pg_backend_pid()", (f"{STATEMENT_TIMEOUT}s",))
+        # Not so behind PgBouncer, where the next statement may go to a server that has none prepared.
+        record.info["prepared"] = cursor.fetchone() == (connection.info.backend_pid,)
+        if record.info["prepared"]:
+            cursor.execute(";".join(s.prepare for s in (ADD, TAKE, READ, EMPTY, REMOVE)))
+
+
+def run(statement: Statement, **values: object) -> Sequence[Any]:
     """Run one statement, committed by the time this returns, and return its rows.
 
     :raise psycopg2.Error: the database refused it, or failed
@@ -202,7 +215,7 @@ def run(statement: str, **values: object) -> Sequence[Any]:
     """
     with closing(engine.raw_connection()) as connection:
         cursor = connection.cursor()
-        cursor.execute(statement, values)
+        cursor.execute(statement.execute if connection.info["prepared"] else statement.text, values)
         return cursor.fetchall()
 
 
@@ -353,7 +366,8 @@ def empty_cart(user_id: str) -> Response:
 @app.get("/healthz")
 def healthz() -> Response:
     """Return ok when the database answers a query."""
-    run(PING)
+    with closing(engine.raw_connection()) as connection:
+        connection.cursor().execute("SELECT 1")
     return answer({"status": "ok"})
 
 
