@@ -6,35 +6,42 @@
     GET    /healthz                                tell whether the database answers
 
 Settings come from the environment: DATABASE_URL (unset: a private PostgreSQL in the instance folder)
-and DATABASE_POOL_SIZE. openapi.yaml is the contract.
+and DATABASE_POOL_SIZE; JWT_KEY, JWT_ALGORITHM and JWT_AUDIENCE; CORS_ORIGINS. openapi.yaml is the contract.
 """
 
+import itertools
 import json
 import os
+import re
 import select
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 import click
+import jwt
 import orjson
 import psycopg2.errors
 import psycopg2.extensions
 import sqlalchemy as sa
 from flask import Flask, Response, abort, request
+from flask_cors import CORS
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
 from werkzeug.routing import BaseConverter
 
-MAX_ID_LENGTH = 255
+MAX_LENGTH = 255
+MAX_BODY = 16 * 1024
 MIN_INTEGER, MAX_INTEGER = -(2**31), 2**31 - 1
 
 # Seconds. A request that waits its longest for the pool and for the database is still refused within 6.
@@ -97,10 +104,46 @@ def pool_size() -> int:
     return int(value)
 
 
+def token_verifier() -> dict[str, Any] | None:
+    """Return what jwt.decode needs to verify a token, or None where JWT_KEY does not ask for tokens."""
+    key, audience = os.environ.get("JWT_KEY"), os.environ.get("JWT_AUDIENCE")
+    name = os.environ.get("JWT_ALGORITHM", "HS256")
+    if key is None:
+        if audience is not None or "JWT_ALGORITHM" in os.environ:
+            sys.exit("cart: JWT_ALGORITHM and JWT_AUDIENCE are for tokens, which need JWT_KEY")
+        app.logger.warning("JWT_KEY is not set: all who reach this service may use every cart")
+        return None
+    try:
+        algorithm = jwt.get_algorithm_by_name(name)
+        prepared = algorithm.prepare_key(key)
+        weakness = algorithm.check_key_length(prepared)
+    except (NotImplementedError, jwt.InvalidKeyError) as error:
+        weakness = str(error)
+    if weakness or hasattr(prepared, "public_key"):
+        sys.exit(f"cart: JWT_KEY is to be a secret or a PEM public key for JWT_ALGORITHM {name}. {weakness or ''}")
+    return {"key": prepared, "algorithms": [name], "audience": audience, "options": {"require": ["exp"]}}
+
+
+def allow_origins() -> None:
+    """Let the pages of CORS_ORIGINS call the service from a browser."""
+    origins = os.environ["CORS_ORIGINS"].split(",")
+    for origin in origins:
+        if not re.fullmatch(r"\*|https?://[A-Za-z0-9.-]+(:\d+)?|https?://\[[0-9a-f:]+\](:\d+)?", origin):
+            sys.exit(f"cart: CORS_ORIGINS is to be like https://shop.example,http://localhost:3000, not {origin!r}")
+    CORS(
+        app,
+        origins=origins,
+        methods=["GET", "POST", "DELETE"],
+        allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
+        expose_headers=["Retry-After", "WWW-Authenticate"],
+        max_age=600,
+    )
+
+
 app = Flask(__name__, static_folder=None)
 app.url_map.merge_slashes = False
 app.config.update(
-    MAX_CONTENT_LENGTH=16 * 1024,
+    MAX_CONTENT_LENGTH=MAX_BODY + 1,  # of a chunked body Werkzeug drops what is beyond without a word
     SQLALCHEMY_DATABASE_URI=database_url(),
     SQLALCHEMY_ENGINE_OPTIONS={
         "isolation_level": "AUTOCOMMIT",  # one statement is atomic without BEGIN and COMMIT
@@ -112,6 +155,9 @@ app.config.update(
         "connect_args": {"client_encoding": "utf8", "connect_timeout": 2},
     },
 )
+TOKENS = token_verifier()
+if "CORS_ORIGINS" in os.environ:
+    allow_origins()
 
 
 class Base(DeclarativeBase):
@@ -129,6 +175,19 @@ class CartItem(db.Model):  # type: ignore[name-defined, misc]
     user_id: Mapped[str] = mapped_column(sa.Text(collation="C"), primary_key=True)
     product_id: Mapped[str] = mapped_column(sa.Text(collation="C"), primary_key=True)
     quantity: Mapped[int]
+
+
+class IdempotencyKey(db.Model):  # type: ignore[name-defined, misc]
+    """A key that an add was made under: what was asked, and the quantity that was answered."""
+
+    __tablename__ = "idempotency_keys"
+
+    user_id: Mapped[str] = mapped_column(sa.Text(collation="C"), primary_key=True)
+    key: Mapped[str] = mapped_column(sa.Text(collation="C"), primary_key=True)
+    product_id: Mapped[str] = mapped_column(sa.Text(collation="C"))
+    change: Mapped[int]
+    quantity: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(sa.DateTime(timezone=True), server_default=sa.func.now())
 
 
 with app.app_context():
@@ -163,14 +222,15 @@ psycopg2.extensions.set_wait_callback(wait_for_database)
 class Statement:
     """A statement compiled once, as that costs more than to run it, and prepared on every connection."""
 
-    def __init__(self, name: str, expression: sa.Executable) -> None:
-        numbered = expression.compile(dialect=postgresql.dialect(paramstyle="numeric_dollar"))  # type: ignore[attr-defined]
-        self.text = str(expression.compile(engine))  # type: ignore[attr-defined]
+    def __init__(self, name: str, expression: sa.ClauseElement) -> None:
+        numbered: Any = expression.compile(dialect=postgresql.dialect(paramstyle="numeric_dollar"))  # type: ignore[no-untyped-call]
+        self.text = str(expression.compile(engine))
         self.prepare = f"PREPARE {name} AS {numbered}"
         self.execute = f"EXECUTE {name} ({', '.join(f'%({value})s' for value in numbered.positiontup)})"
 
 
 user, product = sa.bindparam("user", type_=sa.Text()), sa.bindparam("product", type_=sa.Text())
+key = sa.bindparam("key", type_=sa.Text())
 change, zero = sa.bindparam("change", type_=sa.Integer()), sa.literal_column("0", sa.Integer())
 of_user = CartItem.user_id == user
 of_line = of_user & (CartItem.product_id == product)
@@ -185,15 +245,41 @@ add = (
 line = sa.select((CartItem.quantity + change).label("total")).where(of_line).with_for_update().cte("line")
 kept = sa.update(CartItem).where(of_line, line.c.total > zero).values(quantity=line.c.total).cte("kept")
 removed = sa.delete(CartItem).where(of_line, line.c.total <= zero).cte("removed")
-take = sa.select(sa.func.greatest(sa.func.max(line.c.total), zero)).add_cte(kept, removed)
+take = sa.select(sa.func.greatest(sa.func.max(line.c.total), zero).label("quantity")).add_cte(kept, removed)
+
+of_key = (IdempotencyKey.user_id == user) & (IdempotencyKey.key == key)
+expired = IdempotencyKey.created_at < sa.func.now() - sa.text("interval '24 hours'")
+
+
+def once(changed: sa.CTE) -> sa.ClauseElement:
+    """Return a change that also stores its key, and so fails as a whole where the key is there already."""
+    answered = sa.select(user, key, product, change, changed.c.quantity)
+    return (
+        postgresql.insert(IdempotencyKey)
+        .from_select(["user_id", "key", "product_id", "change", "quantity"], answered)
+        .returning(IdempotencyKey.quantity)
+    )
+
 
 ADD = Statement("cart_add", add)
 TAKE = Statement("cart_take", take)
+ADD_ONCE = Statement("cart_add_once", once(add.cte("added")))
+TAKE_ONCE = Statement("cart_take_once", once(take.cte("taken")))
+ANSWERED = Statement(
+    "cart_answered",
+    sa.select(IdempotencyKey.product_id, IdempotencyKey.change, IdempotencyKey.quantity).where(of_key),
+)
 READ = Statement(
     "cart_read", sa.select(CartItem.product_id, CartItem.quantity).where(of_user).order_by(CartItem.product_id)
 )
 EMPTY = Statement("cart_empty", sa.delete(CartItem).where(of_user).returning(CartItem.product_id))
 REMOVE = Statement("cart_remove", sa.delete(CartItem).where(of_line).returning(CartItem.product_id))
+# The one statement that is about more than one user.
+most = sa.bindparam("most", type_=sa.Integer())
+overdue = sa.select(IdempotencyKey.user_id, IdempotencyKey.key).where(expired).limit(most)
+of_overdue = sa.tuple_(IdempotencyKey.user_id, IdempotencyKey.key).in_(overdue)
+SWEEP = Statement("cart_sweep", sa.delete(IdempotencyKey).where(of_overdue).returning(IdempotencyKey.key))
+STATEMENTS = (ADD, TAKE, ADD_ONCE, TAKE_ONCE, ANSWERED, READ, EMPTY, REMOVE, SWEEP)
 
 
 @sa.event.listens_for(engine, "connect")
@@ -204,7 +290,10 @@ def set_up_connection(connection: Any, record: Any) -> None:
         # Not so behind PgBouncer, where the next statement may go to a server that has none prepared.
         record.info["prepared"] = cursor.fetchone() == (connection.info.backend_pid,)
         if record.info["prepared"]:
-            cursor.execute(";".join(s.prepare for s in (ADD, TAKE, READ, EMPTY, REMOVE)))
+            cursor.execute(";".join(s.prepare for s in STATEMENTS))
+
+
+keyed_adds = itertools.count()
 
 
 def run(statement: Statement, **values: object) -> Sequence[Any]:
@@ -235,13 +324,13 @@ def unavailable(error: Exception) -> Response:
     return problem(ServiceUnavailable("The carts are not available at the moment. Try again.", retry_after=1))
 
 
-def check_id(name: str, value: object) -> str:
-    """Return the value of an id, which is 1 to 255 characters other than NUL.
+def check_text(name: str, value: object, status: int = 422) -> str:
+    """Return a value that is 1 to 255 characters other than NUL.
 
-    :raise UnprocessableEntity: it is not
+    :raise HTTPException: it is not; with the status
     """
-    if not isinstance(value, str) or not 1 <= len(value) <= MAX_ID_LENGTH or "\0" in value:
-        abort(422, f"{name} is to be a text of 1 to {MAX_ID_LENGTH} characters, none of them NUL.")
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_LENGTH or "\0" in value:
+        abort(status, f"{name} is to be a text of 1 to {MAX_LENGTH} characters, none of them NUL.")
     return value
 
 
@@ -272,7 +361,37 @@ def check_path() -> None:
         abort(400, "user_id is to be UTF-8.")
     if user_id != request.view_args["user_id"]:
         abort(404)
-    check_id("user_id", user_id)
+    check_text("user_id", user_id)
+
+
+@app.before_request
+def check_token() -> None:
+    """Refuse a caller who shows no token for the user's cart, where JWT_KEY asks for one (RFC 6750, RFC 7519).
+
+    :raise Unauthorized: there is no token, or it is malformed, expired or wrongly signed
+    :raise Forbidden: its sub is another user and its scope is without carts:all
+    """
+    if TOKENS is None or not request.view_args or request.method == "OPTIONS":
+        return
+    credentials = request.authorization
+    if credentials is None or credentials.type != "bearer" or not credentials.token:
+        abort(401, "Authorization is to be a bearer token.", www_authenticate=WWWAuthenticate("bearer"))
+    try:
+        claims = jwt.decode(credentials.token, **TOKENS)
+    except jwt.PyJWTError as error:
+        challenge = WWWAuthenticate("bearer", {"error": "invalid_token"})
+        abort(401, f"The token is not valid: {error}.", www_authenticate=challenge)
+    if claims.get("sub") != request.view_args["user_id"] and "carts:all" not in str(claims.get("scope")).split():
+        abort(403, "The token is for another user, and without the scope carts:all.")
+
+
+def parse_key() -> str | None:
+    """Return the request's Idempotency-Key (draft-ietf-httpapi-idempotency-key-header), or None.
+
+    :raise BadRequest: it has no characters, or more than 255
+    """
+    key = request.headers.get("Idempotency-Key")
+    return None if key is None else check_text("Idempotency-Key", key.strip('"'), 400)
 
 
 def parse_item() -> tuple[str, int]:
@@ -280,15 +399,20 @@ def parse_item() -> tuple[str, int]:
 
     :raise UnsupportedMediaType: the body is not said to be JSON
     :raise RequestEntityTooLarge: it is larger than 16 KiB
-    :raise BadRequest: it is not JSON (RFC 8259)
+    :raise BadRequest: it is not JSON (RFC 8259), or breaks off
     :raise UnprocessableEntity: a field is missing, of the wrong type or out of range
     """
     if request.mimetype != "application/json":
         abort(415, "The body is to be application/json.")
     try:
-        body = orjson.loads(request.get_data())
+        data = request.get_data()
+        body = orjson.loads(data) if len(data) <= MAX_BODY else abort(413)
     except orjson.JSONDecodeError as error:
         abort(400, f"The body is to be JSON: {error}.")
+    except HTTPException:
+        raise
+    except Exception:  # the server's own, of chunks that are none
+        abort(400, "The body did not arrive whole.")
     if not isinstance(body, dict):
         abort(422, "The body is to be an object with product_id and quantity.")
     quantity = body.get("quantity")
@@ -296,7 +420,7 @@ def parse_item() -> tuple[str, int]:
         quantity = int(quantity)
     if type(quantity) is not int or not MIN_INTEGER <= quantity <= MAX_INTEGER or quantity == 0:
         abort(422, f"quantity is to be a whole number from {MIN_INTEGER} to {MAX_INTEGER} other than 0.")
-    return check_id("product_id", body.get("product_id")), quantity
+    return check_text("product_id", body.get("product_id")), quantity
 
 
 def parse_query() -> str | None:
@@ -313,12 +437,31 @@ def parse_query() -> str | None:
         return None
     if [name for name, _ in fields] != ["product_id"]:
         abort(422, "The query is to hold product_id, once, and nothing else.")
-    return check_id("product_id", fields[0][1])
+    return check_text("product_id", fields[0][1])
 
 
 def answer(document: object) -> Response:
     """Return a JSON response."""
     return Response(orjson.dumps(document), content_type="application/json")
+
+
+def add_once(key: str, **item: Any) -> Any:
+    """Make a change that counts once however often it is sent; return the total that the first was answered.
+
+    :raise UnprocessableEntity: the key was used with another body
+    """
+    if next(keyed_adds) % 10 == 0:
+        run(SWEEP, most=1000)
+    try:
+        [(total,)] = run(ADD_ONCE if item["change"] > 0 else TAKE_ONCE, key=key, **item)
+    except (psycopg2.errors.UniqueViolation, psycopg2.errors.NumericValueOutOfRange):
+        answered = run(ANSWERED, key=key, user=item["user"])
+        if not answered:
+            raise
+        [(*body, total)] = answered
+        if body != [item["product"], item["change"]]:
+            abort(422, "Idempotency-Key was used with another body.")
+    return total
 
 
 @app.post("/cart/users/<text:user_id>")
@@ -327,9 +470,13 @@ def add_item(user_id: str) -> Response:
 
     :raise Conflict: the total would be above 2147483647
     """
-    product_id, quantity = parse_item()
+    key, (product_id, quantity) = parse_key(), parse_item()
+    item = {"user": user_id, "product": product_id, "change": quantity}
     try:
-        [(total,)] = run(ADD if quantity > 0 else TAKE, user=user_id, product=product_id, change=quantity)
+        if key is None:
+            [(total,)] = run(ADD if quantity > 0 else TAKE, **item)
+        else:
+            total = add_once(key, **item)
     except psycopg2.errors.NumericValueOutOfRange:
         abort(409, f"quantity would bring the line's total above {MAX_INTEGER}.")
     return answer({"user_id": user_id, "product_id": product_id, "quantity": total})

@@ -48,7 +48,7 @@ def schema() -> None:
 
 @pytest.fixture(autouse=True)
 def empty_tables() -> None:
-    execute("TRUNCATE cart_items")
+    execute("TRUNCATE cart_items, idempotency_keys")
 
 
 @pytest.fixture
@@ -364,8 +364,9 @@ def test_the_model_is_the_schema() -> None:
     inspector = sa.inspect(cart.engine)
 
     for table in cart.db.metadata.sorted_tables:
-        there = {c["name"]: (str(c["type"]), c["nullable"]) for c in inspector.get_columns(table.name)}
-        assert {c.name: (c.type.compile(cart.engine.dialect), c.nullable) for c in table.columns} == there
+        dialect, columns = cart.engine.dialect, inspector.get_columns(table.name)
+        there = {column["name"]: (column["type"].compile(dialect), column["nullable"]) for column in columns}
+        assert {c.name: (c.type.compile(dialect), c.nullable) for c in table.columns} == there
         assert [c.name for c in table.primary_key] == inspector.get_pk_constraint(table.name)["constrained_columns"]
     assert sorted(cart.db.metadata.tables) == sorted(inspector.get_table_names())
 
@@ -419,7 +420,7 @@ class Cart(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        execute("TRUNCATE cart_items")
+        execute("TRUNCATE cart_items, idempotency_keys")
         self.client = cart.app.test_client()
         self.carts: dict[str, Counter[str]] = {user: Counter() for user in ("ada", "Ada", "bob")}
 
