@@ -45,7 +45,7 @@ MAX_BODY = 16 * 1024
 MIN_INTEGER, MAX_INTEGER = -(2**31), 2**31 - 1
 
 # Seconds. A request that waits its longest for the pool and for the database is still refused within 6.
-POOL_TIMEOUT, STATEMENT_TIMEOUT, SOCKET_TIMEOUT = 2.5, 2.0, 2.5
+POOL_TIMEOUT, STATEMENT_TIMEOUT, SOCKET_TIMEOUT = 2, 2, 2.5
 
 
 def start_postgres(folder: Path) -> str:
@@ -116,11 +116,11 @@ def token_verifier() -> dict[str, Any] | None:
     try:
         algorithm = jwt.get_algorithm_by_name(name)
         prepared = algorithm.prepare_key(key)
-        weakness = algorithm.check_key_length(prepared)
-    except (NotImplementedError, jwt.InvalidKeyError) as error:
-        weakness = str(error)
-    if weakness or hasattr(prepared, "public_key"):
-        sys.exit(f"cart: JWT_KEY is to be a secret or a PEM public key for JWT_ALGORITHM {name}. {weakness or ''}")
+        reason = "It is a private key." if hasattr(prepared, "public_key") else algorithm.check_key_length(prepared)
+    except Exception:  # each algorithm has its own ways to fail
+        reason = "It is none."
+    if reason:
+        sys.exit(f"cart: JWT_KEY is to be a secret or a PEM public key for JWT_ALGORITHM {name}. {reason}")
     return {"key": prepared, "algorithms": [name], "audience": audience, "options": {"require": ["exp"]}}
 
 
@@ -220,7 +220,7 @@ psycopg2.extensions.set_wait_callback(wait_for_database)
 
 
 class Statement:
-    """A statement compiled once, as that costs more than to run it, and prepared on every connection."""
+    """A statement compiled once, as that costs more than to run it, and prepared on the connections that use it."""
 
     def __init__(self, name: str, expression: sa.ClauseElement) -> None:
         numbered: Any = expression.compile(dialect=postgresql.dialect(paramstyle="numeric_dollar"))  # type: ignore[no-untyped-call]
@@ -279,18 +279,15 @@ most = sa.bindparam("most", type_=sa.Integer())
 overdue = sa.select(IdempotencyKey.user_id, IdempotencyKey.key).where(expired).limit(most)
 of_overdue = sa.tuple_(IdempotencyKey.user_id, IdempotencyKey.key).in_(overdue)
 SWEEP = Statement("cart_sweep", sa.delete(IdempotencyKey).where(of_overdue).returning(IdempotencyKey.key))
-STATEMENTS = (ADD, TAKE, ADD_ONCE, TAKE_ONCE, ANSWERED, READ, EMPTY, REMOVE, SWEEP)
 
 
 @sa.event.listens_for(engine, "connect")
 def set_up_connection(connection: Any, record: Any) -> None:
-    """Have the server give up statements that wait, say for a locked table, and prepare ours."""
+    """Have the server give up statements that wait, say for a locked table."""
     with connection.cursor() as cursor:
         cursor.execute("SET statement_timeout = %s; SELECT pg_backend_pid()", (f"{STATEMENT_TIMEOUT}s",))
-        # Not so behind PgBouncer, where the next statement may go to a server that has none prepared.
-        record.info["prepared"] = cursor.fetchone() == (connection.info.backend_pid,)
-        if record.info["prepared"]:
-            cursor.execute(";".join(s.prepare for s in STATEMENTS))
+        # Behind PgBouncer the next statement may go to another server, which knows of no PREPARE.
+        record.info["prepared"] = set() if cursor.fetchone() == (connection.info.backend_pid,) else None
 
 
 keyed_adds = itertools.count()
@@ -303,8 +300,14 @@ def run(statement: Statement, **values: object) -> Sequence[Any]:
     :raise sqlalchemy.exc.SQLAlchemyError: no connection was free in time
     """
     with closing(engine.raw_connection()) as connection:
-        cursor = connection.cursor()
-        cursor.execute(statement.execute if connection.info["prepared"] else statement.text, values)
+        cursor, prepared = connection.cursor(), connection.info["prepared"]
+        if prepared is None:
+            cursor.execute(statement.text, values)
+            return cursor.fetchall()
+        if statement not in prepared:
+            cursor.execute(statement.prepare)
+            prepared.add(statement)
+        cursor.execute(statement.execute, values)
         return cursor.fetchall()
 
 

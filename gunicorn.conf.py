@@ -8,6 +8,7 @@ import gc
 import os
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
+from socket import SHUT_WR
 from typing import Any
 
 import gevent
@@ -61,6 +62,10 @@ class Worker(GeventWorker):
         body = orjson.dumps(problem)
         head = f"HTTP/1.1 {status} {status.phrase}\r\nContent-Type: application/problem+json\r\nConnection: close\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        client.shutdown(SHUT_WR)
+        with gevent.Timeout(1, False):  # what is left unread at the end would take the answer with it
+            while client.recv(65536):
+                pass
 
 
 logger_class = AccessLogger
