@@ -37,7 +37,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import HTTPException, ServiceUnavailable
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, ServiceUnavailable
 from werkzeug.routing import BaseConverter
 
 MAX_LENGTH = 255
@@ -223,15 +223,16 @@ class Statement:
     """A statement compiled once, as that costs more than to run it, and prepared on the connections that use it."""
 
     def __init__(self, name: str, expression: sa.ClauseElement) -> None:
-        numbered: Any = expression.compile(dialect=postgresql.dialect(paramstyle="numeric_dollar"))  # type: ignore[no-untyped-call]
+        dialect = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+        numbered: Any = expression.compile(dialect=dialect)
         self.text = str(expression.compile(engine))
         self.prepare = f"PREPARE {name} AS {numbered}"
         self.execute = f"EXECUTE {name} ({', '.join(f'%({value})s' for value in numbered.positiontup)})"
 
 
-user, product = sa.bindparam("user", type_=sa.Text()), sa.bindparam("product", type_=sa.Text())
-key = sa.bindparam("key", type_=sa.Text())
-change, zero = sa.bindparam("change", type_=sa.Integer()), sa.literal_column("0", sa.Integer())
+user, product, key = (sa.bindparam(name, type_=sa.Text()) for name in ("user", "product", "key"))
+change, most = (sa.bindparam(name, type_=sa.Integer()) for name in ("change", "most"))
+zero = sa.literal_column("0", sa.Integer())
 of_user = CartItem.user_id == user
 of_line = of_user & (CartItem.product_id == product)
 
@@ -275,7 +276,6 @@ READ = Statement(
 EMPTY = Statement("cart_empty", sa.delete(CartItem).where(of_user).returning(CartItem.product_id))
 REMOVE = Statement("cart_remove", sa.delete(CartItem).where(of_line).returning(CartItem.product_id))
 # The one statement that is about more than one user.
-most = sa.bindparam("most", type_=sa.Integer())
 overdue = sa.select(IdempotencyKey.user_id, IdempotencyKey.key).where(expired).limit(most)
 of_overdue = sa.tuple_(IdempotencyKey.user_id, IdempotencyKey.key).in_(overdue)
 SWEEP = Statement("cart_sweep", sa.delete(IdempotencyKey).where(of_overdue).returning(IdempotencyKey.key))
@@ -288,9 +288,6 @@ def set_up_connection(connection: Any, record: Any) -> None:
         cursor.execute("SET statement_timeout = %s; SELECT pg_backend_pid()", (f"{STATEMENT_TIMEOUT}s",))
         # Behind PgBouncer the next statement may go to another server, which knows of no PREPARE.
         record.info["prepared"] = set() if cursor.fetchone() == (connection.info.backend_pid,) else None
-
-
-keyed_adds = itertools.count()
 
 
 def run(statement: Statement, **values: object) -> Sequence[Any]:
@@ -409,12 +406,14 @@ def parse_item() -> tuple[str, int]:
         abort(415, "The body is to be application/json.")
     try:
         data = request.get_data()
-        body = orjson.loads(data) if len(data) <= MAX_BODY else abort(413)
+        if len(data) > MAX_BODY:
+            raise RequestEntityTooLarge
+        body = orjson.loads(data)
+    except RequestEntityTooLarge:
+        abort(413, f"The body is to be at most {MAX_BODY} bytes.")
     except orjson.JSONDecodeError as error:
         abort(400, f"The body is to be JSON: {error}.")
-    except HTTPException:
-        raise
-    except Exception:  # the server's own, of chunks that are none
+    except Exception:  # the server has its own ways to say that a client broke off, or sent chunks that are none
         abort(400, "The body did not arrive whole.")
     if not isinstance(body, dict):
         abort(422, "The body is to be an object with product_id and quantity.")
@@ -446,6 +445,9 @@ def parse_query() -> str | None:
 def answer(document: object) -> Response:
     """Return a JSON response."""
     return Response(orjson.dumps(document), content_type="application/json")
+
+
+keyed_adds = itertools.count()
 
 
 def add_once(key: str, **item: Any) -> Any:
