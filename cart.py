@@ -507,12 +507,12 @@ def empty_cart(user_id: str) -> Response:
     """
     product_id = parse_query()
     if product_id is None:
-        deleted, message = run(EMPTY, user=user_id), "All cart items deleted"
-    else:
-        deleted, message = run(REMOVE, user=user_id, product=product_id), "Cart item deleted"
-    if not deleted:
-        abort(404, "No cart items found for this user")
-    return answer({"msg": message})
+        if not run(EMPTY, user=user_id):
+            abort(404, "No cart items found for this user")
+        return answer({"msg": "All cart items deleted"})
+    if not run(REMOVE, user=user_id, product=product_id):
+        abort(404, "No such cart item found for this user")
+    return answer({"msg": "Cart item deleted"})
 
 
 @app.get("/healthz")

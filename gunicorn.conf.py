@@ -20,7 +20,6 @@ from gunicorn.workers.ggevent import GeventWorker
 bind = "0.0.0.0:8080"
 workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
 preload_app = True  # a wrong setting ends the start, and the workers share what is loaded
-keepalive = 4
 graceful_timeout = 8
 control_socket_disable = True
 forwarded_allow_ips = ""  # no client sets SCRIPT_NAME and its like
@@ -35,7 +34,7 @@ class AccessLogger(Logger):
             "method": req.method,
             "path": req.path,
             "status": resp.status_code,
-            "duration_ms": request_time.total_seconds() * 1000,
+            "duration_ms": round(request_time.total_seconds() * 1000, 3),
             "bytes": resp.sent,
         }
         os.write(1, orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))

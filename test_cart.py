@@ -185,7 +185,8 @@ def test_one_line_is_removed_by_its_product(client: FlaskClient) -> None:
 
     assert response.status_code == 200
     assert response.get_json() == {"msg": "Cart item deleted"}
-    problem(client.delete(path("ada"), query_string={"product_id": "sku 2/é"}), 404, "Not Found")
+    again = client.delete(path("ada"), query_string={"product_id": "sku 2/é"})
+    problem(again, 404, "Not Found", "No such cart item found for this user")
     assert client.get(path("ada")).get_json() == [{"product_id": "sku-1", "quantity": 1}]
 
 
@@ -914,8 +915,8 @@ def database() -> Iterator[Database]:
 
 
 def unavailable(url: str) -> None:
-    """Assert that carts are refused for the time being, and with no word about the database."""
-    response = requests.get(url + path("ada"), timeout=6)
+    """Assert that a change is refused for the time being, and with no word about the database."""
+    response = requests.post(url + path("ada"), json={"product_id": "p", "quantity": 1}, timeout=6)
     problem(response, 503, "Service Unavailable", "The carts are not available at the moment. Try again.")
     assert response.headers["Retry-After"] == "1"
 
@@ -974,11 +975,18 @@ def test_dropped_connections_are_replaced_without_an_error(database: Database) -
 
 
 def test_a_locked_table_is_waited_for_only_so_long(database: Database) -> None:
+    def all_at_once(call: Callable[[int], object]) -> None:
+        with ThreadPoolExecutor(64) as pool:
+            list(pool.map(call, range(64)))
+
     with serving(*GUNICORN, DATABASE_URL=database.url) as (url, _):
+        all_at_once(lambda _: requests.delete(url + path("ada"), timeout=6))
+        all_at_once(lambda _: requests.post(url + path("bob"), json={"product_id": "p", "quantity": 1}, timeout=6))
         with contextlib.closing(psycopg2.connect(database.url)) as connection, connection:
             connection.cursor().execute("LOCK TABLE cart_items")
-            with ThreadPoolExecutor(64) as pool:
-                list(pool.map(lambda _: unavailable(url), range(64)))
+            all_at_once(lambda _: unavailable(url))
+        with contextlib.closing(psycopg2.connect(database.url)) as connection, connection:
+            connection.cursor().execute("LOCK TABLE cart_items")  # comes after all that still waited
         problem(requests.get(url + path("ada"), timeout=6), 404, "Not Found", EMPTY)
 
 
