@@ -914,6 +914,13 @@ def database() -> Iterator[Database]:
     broken.server.cleanup()
 
 
+@pytest.fixture(scope="session")
+def url(database: Database) -> Iterator[str]:
+    """The service on the mistreated database."""
+    with serving(*GUNICORN, DATABASE_URL=database.url) as (url, _):
+        yield url
+
+
 def unavailable(url: str) -> None:
     """Assert that a change is refused for the time being, and with no word about the database."""
     response = requests.post(url + path("ada"), json={"product_id": "p", "quantity": 1}, timeout=6)
@@ -929,7 +936,7 @@ def await_recovery(url: str) -> None:
     pytest.fail("the service did not recover")
 
 
-def test_retried_adds_are_exact_through_two_crashes(database: Database) -> None:
+def test_retried_adds_are_exact_through_two_crashes(database: Database, url: str) -> None:
     def add_until_acknowledged(turn: int) -> list[int]:
         codes = []
         while 200 not in codes:
@@ -940,7 +947,7 @@ def test_retried_adds_are_exact_through_two_crashes(database: Database) -> None:
             time.sleep(0.01)
         return codes
 
-    with serving(*GUNICORN, DATABASE_URL=database.url) as (url, _), ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(16) as pool:
         answers = [pool.submit(add_until_acknowledged, turn) for turn in range(600)]
         for _ in range(2):
             time.sleep(0.4)
@@ -955,51 +962,48 @@ def test_retried_adds_are_exact_through_two_crashes(database: Database) -> None:
     assert cart_now == [{"product_id": "p", "quantity": 600}]
 
 
-def test_dropped_connections_are_replaced_without_an_error(database: Database) -> None:
+def test_dropped_connections_are_replaced_without_an_error(database: Database, url: str) -> None:
     def load() -> set[int]:
         with ThreadPoolExecutor(16) as pool:
             return set(pool.map(lambda _: requests.get(f"{url}/healthz", timeout=6).status_code, range(100)))
 
-    with serving(*GUNICORN, DATABASE_URL=database.url) as (url, _):
-        load()
-        with contextlib.closing(psycopg2.connect(database.url)) as connection:
-            cursor = connection.cursor()
-            cursor.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
-        time.sleep(0.5)
-        after_drop = load()
-        database.crash()
-        database.start()
-        after_restart = load()
+    load()
+    with contextlib.closing(psycopg2.connect(database.url)) as connection:
+        cursor = connection.cursor()
+        cursor.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+    time.sleep(0.5)
+    after_drop = load()
+    database.crash()
+    database.start()
+    after_restart = load()
 
     assert after_drop == after_restart == {200}
 
 
-def test_a_locked_table_is_waited_for_only_so_long(database: Database) -> None:
+def test_a_locked_table_is_waited_for_only_so_long(database: Database, url: str) -> None:
     def all_at_once(call: Callable[[int], object]) -> None:
         with ThreadPoolExecutor(64) as pool:
             list(pool.map(call, range(64)))
 
-    with serving(*GUNICORN, DATABASE_URL=database.url) as (url, _):
-        all_at_once(lambda _: requests.delete(url + path("ada"), timeout=6))
-        all_at_once(lambda _: requests.post(url + path("bob"), json={"product_id": "p", "quantity": 1}, timeout=6))
-        with contextlib.closing(psycopg2.connect(database.url)) as connection, connection:
-            connection.cursor().execute("LOCK TABLE cart_items")
-            all_at_once(lambda _: unavailable(url))
-        with contextlib.closing(psycopg2.connect(database.url)) as connection, connection:
-            connection.cursor().execute("LOCK TABLE cart_items")  # comes after all that still waited
-        problem(requests.get(url + path("ada"), timeout=6), 404, "Not Found", EMPTY)
+    all_at_once(lambda _: requests.delete(url + path("ada"), timeout=6))
+    all_at_once(lambda _: requests.post(url + path("bob"), json={"product_id": "p", "quantity": 1}, timeout=6))
+    with contextlib.closing(psycopg2.connect(database.url)) as connection, connection:
+        connection.cursor().execute("LOCK TABLE cart_items")
+        all_at_once(lambda _: unavailable(url))
+    with contextlib.closing(psycopg2.connect(database.url)) as connection, connection:
+        connection.cursor().execute("LOCK TABLE cart_items")  # comes after all that still waited
+    problem(requests.get(url + path("ada"), timeout=6), 404, "Not Found", EMPTY)
 
 
-def test_a_database_that_does_not_answer_is_given_up(database: Database) -> None:
-    with serving(*GUNICORN, DATABASE_URL=database.url) as (url, _):
-        frozen = database.processes()
-        for process in frozen:
-            process.suspend()
-        with ThreadPoolExecutor(64) as pool:
-            list(pool.map(lambda _: unavailable(url), range(64)))
-        for process in frozen:
-            process.resume()
-        await_recovery(url)
+def test_a_database_that_does_not_answer_is_given_up(database: Database, url: str) -> None:
+    frozen = database.processes()
+    for process in frozen:
+        process.suspend()
+    with ThreadPoolExecutor(64) as pool:
+        list(pool.map(lambda _: unavailable(url), range(64)))
+    for process in frozen:
+        process.resume()
+    await_recovery(url)
 
 
 def test_a_start_without_the_database_waits_for_it(database: Database) -> None:
@@ -1023,9 +1027,9 @@ def test_what_was_acknowledged_is_kept(fault: str) -> None:
         return seen
 
     with serving(*GUNICORN) as (url, process), ThreadPoolExecutor(16) as pool:
-        end = time.monotonic() + 2
+        end = time.monotonic() + 1.5
         counts = [pool.submit(add_for_a_while, turn) for turn in range(16)]
-        time.sleep(1)
+        time.sleep(0.7)
         if fault == "stopped":
             process.terminate()
             assert process.wait(15) == 0
