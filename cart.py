@@ -373,11 +373,11 @@ def check_token() -> None:
     """
     if TOKENS is None or not request.view_args or request.method == "OPTIONS":
         return
-    credentials = request.authorization
-    if credentials is None or credentials.type != "bearer" or not credentials.token:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
         abort(401, "Authorization is to be a bearer token.", www_authenticate=WWWAuthenticate("bearer"))
     try:
-        claims = jwt.decode(credentials.token, **TOKENS)
+        claims = jwt.decode(token, **TOKENS)
     except jwt.PyJWTError as error:
         challenge = WWWAuthenticate("bearer", {"error": "invalid_token"})
         abort(401, f"The token is not valid: {error}.", www_authenticate=challenge)

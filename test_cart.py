@@ -590,7 +590,9 @@ def test_a_token_for_the_user_or_for_all_carts_is_let_in(guarded: FlaskClient, c
 BAD_TOKENS = {
     "none": {},
     "basic": {"Authorization": "Basic YWRhOmFkYQ=="},
+    "basic, not ASCII": {"Authorization": "Basic \xff"},
     "empty": {"Authorization": "Bearer "},
+    "not ASCII": {"Authorization": "Bearer \xff.\xff.\xff"},
     "no token": {"Authorization": "Bearer x"},
     "nested": {"Authorization": f"Bearer {'W1tb' * 1500}.e30.x"},
     "expired": token(aud="carts", exp=int(time.time()) - 1),
