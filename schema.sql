@@ -1,32 +1,196 @@
--- The carts, and all that PostgreSQL keeps of them. Loading it again changes nothing.
+-- The carts, and all that PostgreSQL keeps of them. Loading it again changes nothing; over the schema of an
+-- older version it is the upgrade.
 
 -- COLLATE "C" compares and orders by code point, whatever the database's locale is.
 CREATE TABLE IF NOT EXISTS cart_items (
     user_id    text COLLATE "C" NOT NULL,
     product_id text COLLATE "C" NOT NULL,
     quantity   integer NOT NULL,
+    -- Without an index, so that a change of a line needs no new index entry (a HOT update).
+    updated_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT cart_items_pkey PRIMARY KEY (user_id, product_id),
     CONSTRAINT cart_items_user_id_length CHECK (char_length(user_id) BETWEEN 1 AND 255),
     CONSTRAINT cart_items_product_id_length CHECK (char_length(product_id) BETWEEN 1 AND 255),
     CONSTRAINT cart_items_quantity_positive CHECK (quantity > 0)
 );
 
--- The keys of adds that are to count once however often they are sent, with what was asked and answered.
+-- The keys of changes that must count once however often they are sent, with what was asked and answered.
 CREATE TABLE IF NOT EXISTS idempotency_keys (
     user_id    text COLLATE "C" NOT NULL,
     key        text COLLATE "C" NOT NULL,
-    product_id text COLLATE "C" NOT NULL,
-    change     integer NOT NULL,
-    quantity   integer NOT NULL,
+    request    bytea NOT NULL, -- the SHA-256 of the changes in JSON
+    quantities integer[] NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT idempotency_keys_pkey PRIMARY KEY (user_id, key),
     CONSTRAINT idempotency_keys_user_id_length CHECK (char_length(user_id) BETWEEN 1 AND 255),
     CONSTRAINT idempotency_keys_key_length CHECK (char_length(key) BETWEEN 1 AND 255),
-    CONSTRAINT idempotency_keys_product_id_length CHECK (char_length(product_id) BETWEEN 1 AND 255),
-    CONSTRAINT idempotency_keys_change_not_zero CHECK (change <> 0),
-    CONSTRAINT idempotency_keys_quantity_not_negative CHECK (quantity >= 0)
+    CONSTRAINT idempotency_keys_request_length CHECK (octet_length(request) = 32)
 );
 CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
+
+-- From version 1: lines had no updated_at, and a key was for one change.
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cart_items'::regclass AND attname = 'updated_at') THEN
+        ALTER TABLE cart_items ADD COLUMN updated_at timestamptz NOT NULL DEFAULT now();
+    END IF;
+    IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'idempotency_keys'::regclass AND attname = 'change') THEN
+        ALTER TABLE idempotency_keys
+            DROP CONSTRAINT idempotency_keys_product_id_length,
+            DROP CONSTRAINT idempotency_keys_change_not_zero,
+            DROP CONSTRAINT idempotency_keys_quantity_not_negative;
+        ALTER TABLE idempotency_keys
+            ALTER COLUMN product_id TYPE bytea
+                USING sha256(convert_to('[' || to_json(product_id) || ',' || change || ']', 'UTF8')),
+            ALTER COLUMN quantity TYPE integer[] USING ARRAY[quantity];
+        ALTER TABLE idempotency_keys RENAME COLUMN product_id TO request;
+        ALTER TABLE idempotency_keys RENAME COLUMN quantity TO quantities;
+        ALTER TABLE idempotency_keys DROP COLUMN change;
+        ALTER TABLE idempotency_keys
+            ADD CONSTRAINT idempotency_keys_request_length CHECK (octet_length(request) = 32);
+    END IF;
+END
+$$;
+
+-- The functions are for what touches several lines. Each first takes a lock of its user's, so that no two of
+-- them can wait for each other, and so that each of them sees all or nothing of another.
+
+-- Makes changes of a cart in the order of the list, and returns each line's new total in that order. Where one
+-- cannot be made none is: the error's DETAIL is its place in the list.
+--   numeric_value_out_of_range  the line's total would be above the largest integer
+--   program_limit_exceeded      the line would be a new one in a cart of `max_lines` lines
+--   unique_violation            the key was used with another request
+-- With a key (not NULL) the list counts once in 24 hours; later calls return what the first one did.
+CREATE OR REPLACE FUNCTION change_cart(
+    of_user text, product_ids text[], changes integer[], max_lines integer, with_key text, for_request bytea
+) RETURNS integer[] LANGUAGE plpgsql AS $$
+DECLARE
+    totals integer[] = '{}';
+    total bigint;
+    lines integer; -- NULL until they are counted
+    known idempotency_keys;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(of_user, 0));
+    IF with_key IS NOT NULL THEN
+        -- The row's lock is a write, and so waits for a synchronous standby: what was answered survives a failover.
+        SELECT * INTO known FROM idempotency_keys
+        WHERE user_id = of_user AND key = with_key AND created_at > now() - interval '24 hours' FOR UPDATE;
+        IF FOUND THEN
+            IF known.request <> for_request THEN
+                RAISE unique_violation;
+            END IF;
+            RETURN known.quantities;
+        END IF;
+    END IF;
+    FOR place IN 1 .. cardinality(product_ids) LOOP
+        SELECT quantity INTO total FROM cart_items
+        WHERE user_id = of_user AND product_id = product_ids[place] FOR UPDATE;
+        IF FOUND THEN
+            total = greatest(total + changes[place], 0);
+            IF total > 2147483647 THEN
+                RAISE numeric_value_out_of_range USING DETAIL = place;
+            ELSIF total > 0 THEN
+                UPDATE cart_items SET quantity = total, updated_at = now()
+                WHERE user_id = of_user AND product_id = product_ids[place];
+            ELSE
+                DELETE FROM cart_items WHERE user_id = of_user AND product_id = product_ids[place];
+                lines = lines - 1;
+            END IF;
+        ELSIF changes[place] > 0 THEN
+            lines = coalesce(lines, (SELECT count(*) FROM cart_items WHERE user_id = of_user)) + 1;
+            IF lines > max_lines THEN
+                RAISE program_limit_exceeded USING DETAIL = place;
+            END IF;
+            -- A single add, which takes no lock, may have been faster.
+            INSERT INTO cart_items (user_id, product_id, quantity)
+            VALUES (of_user, product_ids[place], changes[place])
+            ON CONFLICT ON CONSTRAINT cart_items_pkey
+            DO UPDATE SET quantity = cart_items.quantity + EXCLUDED.quantity, updated_at = EXCLUDED.updated_at
+            RETURNING quantity INTO total;
+        ELSE
+            total = 0;
+        END IF;
+        totals = totals || total::integer;
+    END LOOP;
+    IF with_key IS NOT NULL THEN
+        INSERT INTO idempotency_keys (user_id, key, request, quantities)
+        VALUES (of_user, with_key, for_request, totals)
+        ON CONFLICT ON CONSTRAINT idempotency_keys_pkey -- a key that is older than 24 hours
+        DO UPDATE SET request = EXCLUDED.request, quantities = EXCLUDED.quantities, created_at = EXCLUDED.created_at;
+    END IF;
+    RETURN totals;
+END
+$$;
+
+-- Removes all lines of a cart; returns whether there were any.
+CREATE OR REPLACE FUNCTION empty_cart(of_user text) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended(of_user, 0));
+    DELETE FROM cart_items WHERE user_id = of_user;
+    RETURN FOUND;
+END
+$$;
+
+-- Removes carts whose latest change is older than a number of days, from the user `after` on. One call looks at
+-- few carts, so that no shopper waits for it: `last_user` is where the next call goes on, NULL at the end.
+-- A cart that is in use at the moment is left for the next time.
+CREATE OR REPLACE FUNCTION expire_carts(after text, days integer, OUT last_user text, OUT removed integer)
+LANGUAGE plpgsql AS $$
+DECLARE
+    is_old CONSTANT timestamptz = now() - make_interval(days => days);
+BEGIN
+    removed = 0;
+    FOR last_user IN
+        SELECT user_id FROM cart_items WHERE user_id > after
+        GROUP BY user_id HAVING max(updated_at) < is_old ORDER BY user_id LIMIT 50
+    LOOP
+        BEGIN
+            CONTINUE WHEN NOT pg_try_advisory_xact_lock(hashtextextended(last_user, 0));
+            PERFORM FROM cart_items WHERE user_id = last_user FOR UPDATE NOWAIT;
+            DELETE FROM cart_items WHERE user_id = last_user AND NOT EXISTS (
+                SELECT FROM cart_items AS line WHERE line.user_id = last_user AND line.updated_at >= is_old
+            );
+            removed = removed + FOUND::integer;
+        EXCEPTION WHEN lock_not_available THEN
+            NULL;
+        END;
+    END LOOP;
+END
+$$;
+
+-- Removes keys that count no longer, the oldest first, some in one call; returns how many. It leaves keys that are
+-- locked for the next time.
+CREATE OR REPLACE FUNCTION sweep_keys() RETURNS integer LANGUAGE plpgsql AS $$
+DECLARE
+    old idempotency_keys;
+    removed integer = 0;
+BEGIN
+    FOR old IN
+        SELECT * FROM idempotency_keys WHERE created_at <= now() - interval '24 hours' ORDER BY created_at LIMIT 500
+    LOOP
+        PERFORM FROM idempotency_keys WHERE user_id = old.user_id AND key = old.key
+        AND created_at = old.created_at FOR UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            DELETE FROM idempotency_keys WHERE user_id = old.user_id AND key = old.key;
+            removed = removed + 1;
+        END IF;
+    END LOOP;
+    RETURN removed;
+END
+$$;
+
+-- Changes nothing, but fails where the service cannot change the carts: a table or a right is missing, or the
+-- server only reads.
+CREATE OR REPLACE FUNCTION check_carts() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO cart_items SELECT * FROM cart_items WHERE user_id = '';
+    UPDATE cart_items SET quantity = quantity, updated_at = updated_at WHERE user_id = '';
+    DELETE FROM cart_items WHERE user_id = '';
+    INSERT INTO idempotency_keys SELECT * FROM idempotency_keys WHERE user_id = '';
+    UPDATE idempotency_keys SET request = request, quantities = quantities WHERE user_id = '';
+    DELETE FROM idempotency_keys WHERE user_id = '';
+END
+$$;
 
 -- Where Citus is installed, both tables are spread over its machines by user, a user's rows side by side.
 DO $$
