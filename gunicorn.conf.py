@@ -189,7 +189,8 @@ class Worker(GeventWorker):
     def handle_exit(self, sig: int, frame: Any) -> None:
         super().handle_exit(sig, frame)
         for client in list(idle):
-            client.socket.shutdown(SHUT_RD)
+            with suppress(OSError):
+                client.socket.shutdown(SHUT_RD)
 
 
 logger_class = AccessLogger

@@ -424,6 +424,14 @@ def test_connections_that_a_migration_has_outdated_are_replaced(client: FlaskCli
             execute("ALTER TABLE cart_items ALTER quantity TYPE integer")
 
 
+@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "k"}], ids=["no key", "key"])
+def test_a_connection_to_a_server_that_only_reads_is_replaced(client: FlaskClient, key: dict[str, str]) -> None:
+    for total in (1, 2):
+        with cart.engine.connect() as connection:  # the one that the pool hands out next
+            connection.exec_driver_sql("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
+        assert add(client, "ada", "p", 1, **key).get_json()["quantity"] == (1 if key else total)
+
+
 def test_a_change_of_a_line_is_a_hot_update() -> None:
     line = {"user_id": "ada", "product_id": "p", "quantity": 1}
     lines = {"user_id": "ada", "product_ids": ["p", "q", "p"], "quantities": [3, 1, -1], "key": None, "request": None}
