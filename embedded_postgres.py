@@ -81,17 +81,19 @@ def keep(data: Path, schema: Path) -> None:
                     continue
             fcntl.lockf(lock, fcntl.LOCK_SH)
             break
-        with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
-            cursor.execute("SELECT pg_advisory_xact_lock(0);" + schema.read_text())
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a server that is killed must not stay as a zombie
-        with contextlib.suppress(BrokenPipeError):
-            print(url, flush=True)
-        sys.stdin.read()
-        fcntl.lockf(lock, fcntl.LOCK_UN)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if answers(url):
-                stop(data)
+        try:
+            with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
+                cursor.execute("SELECT pg_advisory_xact_lock(0);" + schema.read_text())
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a server that is killed must not stay as a zombie
+            with contextlib.suppress(BrokenPipeError):
+                print(url, flush=True)
+            sys.stdin.read()
+        finally:
+            fcntl.lockf(lock, fcntl.LOCK_UN)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if answers(url):
+                    stop(data)
 
 
 def answers(url: str) -> bool:
@@ -208,3 +210,5 @@ if __name__ == "__main__":
         print(refusal)
     except OSError as error:
         print(f"{error.strerror}: {error.filename}")
+    except psycopg2.Error as error:
+        print(" ".join(str(error).split()))

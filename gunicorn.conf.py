@@ -35,8 +35,9 @@ from gunicorn.workers.ggevent import GeventWorker
 
 try:
     workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
-    assert workers > 0
-except (AssertionError, ValueError):
+    if workers < 1:
+        raise ValueError
+except ValueError:
     sys.exit("cart: WEB_CONCURRENCY must be a whole number above 0.")
 
 bind = "0.0.0.0:8080"

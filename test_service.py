@@ -492,6 +492,14 @@ class Database:
         launch = "import sys, pathlib, embedded_postgres as e; e.launch(pathlib.Path(sys.argv[1]), sys.argv[2])"
         subprocess.run([sys.executable, "-c", launch, self.data, self.url], cwd=HERE, check=True)
 
+    def wait_for_standby(self, name: str) -> None:
+        """Have every commit wait for a standby of that name, or for none."""
+        for statement in (f"ALTER SYSTEM SET synchronous_standby_names = '{name}'", "SELECT pg_reload_conf()"):
+            with contextlib.closing(psycopg2.connect(self.url)) as connection:
+                connection.autocommit = True
+                connection.cursor().execute(statement)
+        time.sleep(0.2)
+
 
 class Proxy:
     """A way over TCP to a database on a socket. What it has accepted can go silent, though it still acknowledges."""
@@ -691,11 +699,7 @@ def test_a_standby_that_stalls_does_not_use_up_the_connections(database: Databas
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
     await_recovery(url)
     try:
-        for statement in ("ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()"):
-            with contextlib.closing(psycopg2.connect(database.url)) as connection:
-                connection.autocommit = True
-                connection.cursor().execute(statement)
-        time.sleep(0.2)
+        database.wait_for_standby("nobody")
         for _ in range(2):  # the second time they are retries of what the first time made, and no standby has yet
             with ThreadPoolExecutor(1) as other:
                 changes = other.submit(answers_of, 30, lambda: add_one(url, "standby", "k"))
@@ -705,11 +709,7 @@ def test_a_standby_that_stalls_does_not_use_up_the_connections(database: Databas
             assert execute(waiting, database.url) == [(0,)]
             assert requests.get(url + path("nobody"), timeout=6).status_code == 404
     finally:
-        for statement in ("ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()"):
-            with contextlib.closing(psycopg2.connect(database.url)) as connection:
-                connection.autocommit = True
-                connection.cursor().execute(statement)
-    time.sleep(0.2)
+        database.wait_for_standby("")
     assert add_one(url, "standby", "k").json() == {"user_id": "standby", "product_id": "p", "quantity": 1}
 
 
