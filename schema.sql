@@ -28,32 +28,8 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 );
 CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
 
--- From version 1: lines had no updated_at, and a key was for one change.
-DO $$
-BEGIN
-    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cart_items'::regclass AND attname = 'updated_at') THEN
-        ALTER TABLE cart_items ADD COLUMN updated_at timestamptz NOT NULL DEFAULT now();
-    END IF;
-    IF EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'idempotency_keys'::regclass AND attname = 'change') THEN
-        ALTER TABLE idempotency_keys
-            DROP CONSTRAINT idempotency_keys_product_id_length,
-            DROP CONSTRAINT idempotency_keys_change_not_zero,
-            DROP CONSTRAINT idempotency_keys_quantity_not_negative;
-        ALTER TABLE idempotency_keys
-            ALTER COLUMN product_id TYPE bytea
-                USING sha256(convert_to('[' || to_json(product_id) || ',' || change || ']', 'UTF8')),
-            ALTER COLUMN quantity TYPE integer[] USING ARRAY[quantity];
-        ALTER TABLE idempotency_keys RENAME COLUMN product_id TO request;
-        ALTER TABLE idempotency_keys RENAME COLUMN quantity TO quantities;
-        ALTER TABLE idempotency_keys DROP COLUMN change;
-        ALTER TABLE idempotency_keys
-            ADD CONSTRAINT idempotency_keys_request_length CHECK (octet_length(request) = 32);
-    END IF;
-END
-$$;
-
--- The functions are for what touches several lines. Each first takes a lock of its user's, so that no two of
--- them can wait for each other, and so that each of them sees all or nothing of another.
+-- Each function that writes to a cart first takes the lock of its user. So no two of them wait for each other, each
+-- sees all or nothing of another, and what a function has read stays true until it ends.
 
 -- Makes changes of a cart in the order of the list, and returns each line's new total in that order. Where one
 -- cannot be made none is: the error's DETAIL is its place in the list.
@@ -65,9 +41,10 @@ CREATE OR REPLACE FUNCTION change_cart(
     of_user text, product_ids text[], changes integer[], max_lines integer, with_key text, for_request bytea
 ) RETURNS integer[] LANGUAGE plpgsql AS $$
 DECLARE
+    lines integer; -- how many the cart has, NULL until they are counted
+    before integer; -- the line's quantity, NULL where there is none
+    total bigint; -- its quantity after the change
     totals integer[] = '{}';
-    total bigint;
-    lines integer; -- NULL until they are counted
     known idempotency_keys;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(of_user, 0));
@@ -83,32 +60,23 @@ BEGIN
         END IF;
     END IF;
     FOR place IN 1 .. cardinality(product_ids) LOOP
-        SELECT quantity INTO total FROM cart_items
-        WHERE user_id = of_user AND product_id = product_ids[place] FOR UPDATE;
-        IF FOUND THEN
-            total = greatest(total + changes[place], 0);
-            IF total > 2147483647 THEN
-                RAISE numeric_value_out_of_range USING DETAIL = place;
-            ELSIF total > 0 THEN
-                UPDATE cart_items SET quantity = total, updated_at = now()
-                WHERE user_id = of_user AND product_id = product_ids[place];
-            ELSE
-                DELETE FROM cart_items WHERE user_id = of_user AND product_id = product_ids[place];
-                lines = lines - 1;
-            END IF;
-        ELSIF changes[place] > 0 THEN
-            lines = coalesce(lines, (SELECT count(*) FROM cart_items WHERE user_id = of_user)) + 1;
-            IF lines > max_lines THEN
-                RAISE program_limit_exceeded USING DETAIL = place;
-            END IF;
-            -- A single add, which takes no lock, may have been faster.
-            INSERT INTO cart_items (user_id, product_id, quantity)
-            VALUES (of_user, product_ids[place], changes[place])
-            ON CONFLICT ON CONSTRAINT cart_items_pkey
-            DO UPDATE SET quantity = cart_items.quantity + EXCLUDED.quantity, updated_at = EXCLUDED.updated_at
-            RETURNING quantity INTO total;
+        SELECT quantity INTO before FROM cart_items WHERE user_id = of_user AND product_id = product_ids[place];
+        total = greatest(coalesce(before, 0)::bigint + changes[place], 0);
+        IF total > 2147483647 THEN
+            RAISE numeric_value_out_of_range USING DETAIL = place;
+        ELSIF total = 0 THEN
+            DELETE FROM cart_items WHERE user_id = of_user AND product_id = product_ids[place];
+            lines = lines - (before IS NOT NULL)::integer;
         ELSE
-            total = 0;
+            IF before IS NULL THEN
+                lines = coalesce(lines, (SELECT count(*) FROM cart_items WHERE user_id = of_user)) + 1;
+                IF lines > max_lines THEN
+                    RAISE program_limit_exceeded USING DETAIL = place;
+                END IF;
+            END IF;
+            INSERT INTO cart_items (user_id, product_id, quantity) VALUES (of_user, product_ids[place], total)
+            ON CONFLICT ON CONSTRAINT cart_items_pkey
+            DO UPDATE SET quantity = EXCLUDED.quantity, updated_at = EXCLUDED.updated_at;
         END IF;
         totals = totals || total::integer;
     END LOOP;
@@ -122,39 +90,30 @@ BEGIN
 END
 $$;
 
--- Removes all lines of a cart; returns whether there were any.
-CREATE OR REPLACE FUNCTION empty_cart(of_user text) RETURNS boolean LANGUAGE plpgsql AS $$
+-- Removes a product's line, or all lines of the cart where no product is named (NULL); returns whether there were any.
+CREATE OR REPLACE FUNCTION empty_cart(of_user text, of_product text) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(of_user, 0));
-    DELETE FROM cart_items WHERE user_id = of_user;
+    DELETE FROM cart_items WHERE user_id = of_user AND (of_product IS NULL OR product_id = of_product);
     RETURN FOUND;
 END
 $$;
 
--- Removes carts whose latest change is older than a number of days, from the user `after` on. One call looks at
--- few carts, so that no shopper waits for it: `last_user` is where the next call goes on, NULL at the end.
--- A cart that is in use at the moment is left for the next time.
-CREATE OR REPLACE FUNCTION expire_carts(after text, days integer, OUT last_user text, OUT removed integer)
-LANGUAGE plpgsql AS $$
-DECLARE
-    is_old CONSTANT timestamptz = now() - make_interval(days => days);
+-- Removes a cart that nobody changed for a number of days; returns whether it did. It leaves a cart that is in use
+-- at the moment for the next time.
+CREATE OR REPLACE FUNCTION expire_cart(of_user text, days integer) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
-    removed = 0;
-    FOR last_user IN
-        SELECT user_id FROM cart_items WHERE user_id > after
-        GROUP BY user_id HAVING max(updated_at) < is_old ORDER BY user_id LIMIT 50
-    LOOP
-        BEGIN
-            CONTINUE WHEN NOT pg_try_advisory_xact_lock(hashtextextended(last_user, 0));
-            PERFORM FROM cart_items WHERE user_id = last_user FOR UPDATE NOWAIT;
-            DELETE FROM cart_items WHERE user_id = last_user AND NOT EXISTS (
-                SELECT FROM cart_items AS line WHERE line.user_id = last_user AND line.updated_at >= is_old
-            );
-            removed = removed + FOUND::integer;
-        EXCEPTION WHEN lock_not_available THEN
-            NULL;
-        END;
-    END LOOP;
+    IF NOT pg_try_advisory_xact_lock(hashtextextended(of_user, 0)) THEN
+        RETURN false;
+    END IF;
+    PERFORM FROM cart_items WHERE user_id = of_user FOR UPDATE NOWAIT;
+    DELETE FROM cart_items WHERE user_id = of_user AND NOT EXISTS (
+        SELECT FROM cart_items AS line
+        WHERE line.user_id = of_user AND line.updated_at >= now() - make_interval(days => days)
+    );
+    RETURN FOUND;
+EXCEPTION WHEN lock_not_available THEN
+    RETURN false;
 END
 $$;
 
@@ -179,27 +138,35 @@ BEGIN
 END
 $$;
 
--- Changes nothing, but fails where the service cannot change the carts: a table or a right is missing, or the
--- server only reads.
+-- Changes nothing, but fails where the service cannot change the carts: a table, a function or a right is missing,
+-- or the server only reads. No cart has the empty user.
 CREATE OR REPLACE FUNCTION check_carts() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
+    PERFORM change_cart('', '{}', '{}', 0, NULL, NULL), empty_cart('', NULL);
     INSERT INTO cart_items SELECT * FROM cart_items WHERE user_id = '';
     UPDATE cart_items SET quantity = quantity, updated_at = updated_at WHERE user_id = '';
-    DELETE FROM cart_items WHERE user_id = '';
     INSERT INTO idempotency_keys SELECT * FROM idempotency_keys WHERE user_id = '';
     UPDATE idempotency_keys SET request = request, quantities = quantities WHERE user_id = '';
     DELETE FROM idempotency_keys WHERE user_id = '';
 END
 $$;
 
--- Where Citus is installed, both tables are spread over its machines by user, a user's rows side by side.
+-- Where Citus is installed, the tables are spread over its machines by user, a user's rows side by side, and a
+-- function about one user runs on the machine that has the rows. So its lock is one for all machines.
 DO $$
+DECLARE
+    about_one_user regprocedure;
 BEGIN
     IF EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') THEN
         IF NOT EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = 'cart_items'::regclass) THEN
             PERFORM create_distributed_table('cart_items', 'user_id');
             PERFORM create_distributed_table('idempotency_keys', 'user_id', colocate_with => 'cart_items');
         END IF;
+        FOR about_one_user IN
+            SELECT oid FROM pg_proc WHERE proname IN ('change_cart', 'empty_cart', 'expire_cart')
+        LOOP
+            PERFORM create_distributed_function(about_one_user, 'of_user', colocate_with => 'cart_items');
+        END LOOP;
     END IF;
 END
 $$;
