@@ -3,7 +3,7 @@ FROM python:3.14.7-slim-trixie
 WORKDIR /app
 COPY requirements.txt .
 RUN pip install --no-cache-dir --no-compile --disable-pip-version-check --root-user-action=ignore -r requirements.txt
-COPY cart.py gunicorn.conf.py openapi.yaml schema.sql ./
+COPY *.py openapi.yaml schema.sql ./
 
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 10001:10001
