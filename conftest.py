@@ -131,8 +131,8 @@ def run_command(*words: str, folder: Path = HERE, **environment: str | None) -> 
 
 
 def copy_service(folder: Path) -> None:
-    for name in ("cart.py", "embedded_postgres.py", "gunicorn.conf.py", "openapi.yaml", "schema.sql"):
-        (folder / name).write_text((HERE / name).read_text())
+    for file in (*HERE.glob("*.py"), HERE / "openapi.yaml", HERE / "schema.sql"):
+        (folder / file.name).write_text(file.read_text())
 
 
 def add_one(url: str, user_id: str = "ada", key: str | None = None, timeout: int = 6) -> requests.Response:
