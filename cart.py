@@ -15,7 +15,6 @@ import hashlib
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -40,7 +39,8 @@ from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
 import settings
 import tokens
-from database import ENGINE_OPTIONS, Database, Statement, Turns, maintenance
+from connections import ENGINE_OPTIONS
+from database import Database, Statement, Turns, load, maintenance
 
 MAX_LENGTH = 255
 MAX_LINES = 500
@@ -377,14 +377,6 @@ app.add_url_rule("/docs", endpoint="swagger_ui.show")  # or it would redirect to
 # The commands
 
 
-INIT_TRIES = 10
-LIST_HOLDERS = """
-    SELECT DISTINCT pid, usename, application_name FROM pg_locks JOIN pg_stat_activity USING (pid)
-    WHERE granted AND pid <> pg_backend_pid() AND (
-        relation IN (to_regclass('cart_items'), to_regclass('idempotency_keys'))
-        OR locktype = 'advisory' AND classid = 0 AND objid = 0
-    )
-"""
 LIST_USERS = """
     SELECT user_id, max(updated_at) < now() - make_interval(days => %s) AS is_old
     FROM cart_items WHERE user_id > %s GROUP BY user_id ORDER BY user_id LIMIT 1000
@@ -403,24 +395,8 @@ def failure_in_one_line() -> Iterator[None]:
 @app.cli.command("init-db")
 @failure_in_one_line()
 def init_db() -> None:
-    """Load schema.sql into the database, or upgrade what is there. Repeating it does no harm.
-
-    It waits for locks a second at a time: the requests that queue behind it wait no longer.
-    """
-    # The first lock is for two of these at once.
-    load = "SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock(0);"
-    load += Path(app.root_path, "schema.sql").read_text()
-    with maintenance() as execute:
-        for _ in range(INIT_TRIES):
-            try:
-                execute(load)
-                break
-            except psycopg2.errors.LockNotAvailable:
-                holders = execute(LIST_HOLDERS)
-                time.sleep(1)
-        else:
-            held = "; ".join(f"process {pid} of {user} ({name or 'unnamed'})" for pid, user, name in holders)
-            raise click.ClickException(f"the tables are locked by {held}.")
+    """Load schema.sql into the database, or upgrade what is there. Repeating it does no harm."""
+    load(Path(app.root_path, "schema.sql").read_text())
     click.echo("The database has the tables and functions of this version.")
 
 

@@ -1,34 +1,29 @@
-"""How a statement runs on PostgreSQL: its connection, its turn, its deadlines. It knows no carts and no Flask.
+"""How a statement runs on PostgreSQL: its turn, its connection, its retry. It knows no carts and no Flask.
 
 A statement is one round trip in autocommit, atomic by itself, compiled once and prepared on each connection: an ORM
 session costs three to four times as much.
 """
 
-import select
-import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
-from itertools import cycle
 from typing import Any
 from weakref import WeakValueDictionary
 
 import gevent.lock
-import gevent.monkey
 import psycopg2.errors
 import psycopg2.extensions
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.exc import DisconnectionError
 
 import settings
+from connections import ON_GEVENT, TRY_TIMEOUT, LateError, connect, replace_closed, wait
 
-# Seconds. A try is all that a request does with one connection, its wait for it included; a request has two at most.
-TRY_TIMEOUT, STATEMENT_TIMEOUT, COMMAND_TIMEOUT = 2.5, 2, 30
+STATEMENT_TIMEOUT, COMMAND_TIMEOUT = 2, 30  # seconds
 USER_TURNS = 2  # how many connections of a process the requests of one user hold at most
-# A peer that died is noticed within a second of sending to it, and within 45 seconds of silence.
-KEEPALIVES = {"tcp_user_timeout": 1000, "keepalives_idle": 30, "keepalives_interval": 5, "keepalives_count": 3}
+LOAD_TRIES = 10
 # What the service depends on, and a role or a database may have set otherwise. Without row_security a policy that
 # hides lines from the role is an error, not a smaller cart.
 SET_UP = f"""
@@ -36,13 +31,16 @@ SET_UP = f"""
     SET default_transaction_isolation = 'read committed';
     SELECT pg_backend_pid()
 """
+LIST_HOLDERS = """
+    SELECT pid, usename, application_name FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < now() - interval '1 second'
+    ORDER BY xact_start LIMIT 3
+"""
 # "Cached plan must not change result type", and "cannot execute ... in a read-only transaction".
 UNFIT = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)
 
-# gevent can end any wait. Without it, as under `flask run`, each wait has its own end.
-ON_GEVENT = gevent.monkey.is_module_patched("select")
+
 Turns = gevent.lock.BoundedSemaphore if ON_GEVENT else threading.BoundedSemaphore
-native_poll = gevent.monkey.get_original("select", "poll")
 
 
 class Statement:
@@ -104,9 +102,8 @@ class Database:
 
     def attempt(self, statement: Statement, values: dict[str, Any]) -> list[Any]:
         """Run a statement on the next connection. One that fails is given up, with all that are as old."""
-        late = psycopg2.OperationalError("no answer from the database in time")
         with (
-            gevent.Timeout(TRY_TIMEOUT if ON_GEVENT else None, late),
+            gevent.Timeout(TRY_TIMEOUT if ON_GEVENT else None, LateError("no answer from the database in time")),
             self.user_turns.setdefault(values["user_id"], Turns(USER_TURNS)),
             self.turns,
             closing(self.engine.raw_connection()) as connection,
@@ -116,65 +113,13 @@ class Database:
                 cursor.execute(statement.execute if connection.info["pid"] else statement.text, values)
                 return list(cursor.fetchall())
             except psycopg2.Error as error:
-                if error is late and connection.info["pid"]:
+                if isinstance(error, LateError) and connection.info["pid"]:
                     gevent.spawn(cancel, connection.info["pid"])
                 if connection.closed or isinstance(error, UNFIT):
                     connection.invalidate()
                     if self.engine.pool is pool:  # the first to notice
                         self.engine.dispose()
                 raise
-
-
-def connect() -> Any:
-    """Return a new connection to the first host that lets the service in.
-
-    :raise psycopg2.OperationalError: none does, or the database is not in UTF-8
-    """
-    connection = connect_to_first({**KEEPALIVES, **settings.DATABASE, "client_encoding": "utf8"})
-    if (encoding := connection.info.parameter_status("server_encoding")) != "UTF8":
-        connection.close()
-        raise psycopg2.OperationalError(f"the database is in {encoding}, and must be in UTF8")
-    return connection
-
-
-def connect_to_first(parameters: dict[str, Any]) -> Any:
-    """Try the hosts in turn, each for its share of the time.
-
-    libpq would look names up with the whole worker waiting, and stay with a host that accepts and then is silent.
-    """
-    if "hostaddr" in parameters:
-        return psycopg2.connect(**parameters)
-    hosts, ports = (parameters.get(name, "").split(",") for name in ("host", "port"))
-    entries = [(host, port, address) for host, port in zip(hosts, cycle(ports)) for address in addresses(host)]
-    share = TRY_TIMEOUT / (len(entries) + 1) if ON_GEVENT and len(entries) > 1 else None
-    error = psycopg2.OperationalError(f"no address is known for {parameters.get('host')}")
-    for host, port, address in entries:
-        entry = {"host": host or None, "port": port or None, "hostaddr": address or None}
-        try:
-            with gevent.Timeout(share, psycopg2.OperationalError(f"no answer from {host}")):
-                return psycopg2.connect(**{**parameters, **entry})
-        except psycopg2.OperationalError as failure:
-            error = psycopg2.OperationalError(f"{host or 'the local socket'}: {failure}")
-    raise error
-
-
-def addresses(host: str) -> list[str]:
-    """Return the addresses of a host: none where it is unknown, and an empty one for the folder of a socket."""
-    if not host or host.startswith("/"):
-        return [""]
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError:
-        return []
-    return [str(entry[4][0]) for entry in found]
-
-
-def replace_closed(connection: Any, *_: object) -> None:
-    """Have the pool connect anew where the server hung up: an idle server says nothing but goodbye."""
-    poll = native_poll()
-    poll.register(connection, select.POLLIN)
-    if poll.poll(0):
-        raise DisconnectionError
 
 
 def cancel(pid: int) -> None:
@@ -184,35 +129,10 @@ def cancel(pid: int) -> None:
     """
     with (
         suppress(psycopg2.Error),
-        gevent.Timeout(TRY_TIMEOUT, psycopg2.OperationalError()),
+        gevent.Timeout(TRY_TIMEOUT, LateError()),
         closing(connect()) as connection,
     ):
         connection.cursor().execute("SELECT pg_cancel_backend(%s)", (pid,))
-
-
-def wait(connection: Any, timeout: float | None = None if ON_GEVENT else TRY_TIMEOUT) -> None:
-    """Wait until the database has answered.
-
-    :raise psycopg2.OperationalError: it did not answer in time; psycopg2 then closes the connection
-    """
-    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
-        poll = select.poll()
-        poll.register(connection, select.POLLIN if state == psycopg2.extensions.POLL_READ else select.POLLOUT)
-        if not poll.poll(timeout and timeout * 1000):
-            raise psycopg2.OperationalError(f"no answer from the database in {timeout} seconds")
-
-
-psycopg2.extensions.set_wait_callback(wait)  # for all connections of the process
-
-ENGINE_OPTIONS = {
-    "creator": connect,
-    "isolation_level": "AUTOCOMMIT",  # one statement is atomic without BEGIN and COMMIT
-    "pool_size": settings.POOL_SIZE,
-    "max_overflow": 0,
-    "pool_recycle": 300,
-    "pool_reset_on_return": None,
-    "use_native_hstore": False,
-}
 
 
 @contextmanager
@@ -234,3 +154,24 @@ def maintenance() -> Iterator[Callable[..., list[Any]]]:
             yield execute
     finally:
         psycopg2.extensions.set_wait_callback(wait)
+
+
+def load(schema: str) -> None:
+    """Load a schema. It waits for locks a second at a time: the statements that queue behind it wait no longer.
+
+    :raise psycopg2.errors.LockNotAvailable: others hold a lock for long; the text says who may
+    :raise psycopg2.Error: the database refused it, failed, or was silent for 30 seconds
+    """
+    # The first lock is for two of these at once.
+    sql = f"SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock(0); {schema}"
+    holders: list[Any] = []
+    with maintenance() as execute:
+        for _ in range(LOAD_TRIES):
+            try:
+                execute(sql)
+                return
+            except psycopg2.errors.LockNotAvailable:
+                holders = execute(LIST_HOLDERS)
+                time.sleep(0.5)
+    held = "; ".join(f"process {pid} of {user} ({name or 'unnamed'})" for pid, user, name in holders)
+    raise psycopg2.errors.LockNotAvailable(f"what it needs is locked, perhaps by {held}")

@@ -543,7 +543,7 @@ def test_one_user_holds_two_connections_at_most(client: FlaskClient) -> None:
 
 
 def test_init_db_says_who_it_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cart, "INIT_TRIES", 1)
+    monkeypatch.setattr(database, "LOAD_TRIES", 1)
     with holding("SET application_name = 'long report'; SELECT pg_advisory_xact_lock(0)") as other:
         result = cart.app.test_cli_runner().invoke(args=["init-db"])
         pid = other.info.backend_pid
@@ -675,7 +675,7 @@ class Cart(RuleBasedStateMachine):
 
 
 TestCart = Cart.TestCase
-TestCart.settings = hypothesis_settings(max_examples=15, stateful_step_count=30, deadline=None)
+TestCart.settings = hypothesis_settings(max_examples=10, stateful_step_count=30, deadline=None)
 
 
 # Retries
