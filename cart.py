@@ -236,18 +236,22 @@ def parse_body() -> Any:
     """
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
-    size = MAX_BODY if request.content_length is None else request.content_length
-    if size > MAX_BODY:
+    if (request.content_length or 0) > MAX_BODY:
         abort(413, f"The body must be at most {MAX_BODY} bytes.")
-    if size > LARGE_BODY and not large_bodies.acquire(blocking=False):
-        raise ServiceUnavailable("Too many large bodies are on their way. Try again.", retry_after=1)
     try:
-        body = request.get_data(cache=False)
+        body = request.stream.read(LARGE_BODY)
+        is_large = len(body) == LARGE_BODY
+        if is_large and not large_bodies.acquire(blocking=False):
+            raise ServiceUnavailable("Too many large bodies are on their way. Try again.", retry_after=1)
+        try:
+            body += request.stream.read()  # to its end, where one that breaks off is noticed
+        finally:
+            if is_large:
+                large_bodies.release()
+    except ServiceUnavailable:
+        raise
     except Exception:  # the server has its own ways to say that a client broke off, or sent chunks that are none
         abort(400, "The body did not arrive whole.")
-    finally:
-        if size > LARGE_BODY:
-            large_bodies.release()
     if len(body) > MAX_BODY:
         abort(413, f"The body must be at most {MAX_BODY} bytes.")
     try:

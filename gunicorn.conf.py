@@ -53,10 +53,11 @@ def pre_fork(server: Any, worker: Any) -> None:
 def post_fork(server: Any, worker: Any) -> None:
     """Start OpenTelemetry where its exporter is set."""
     if TRACING:
-        from opentelemetry.instrumentation import auto_instrumentation, propagators
+        from opentelemetry.instrumentation.auto_instrumentation import initialize
+        from opentelemetry.instrumentation.propagators import TraceResponsePropagator, set_global_response_propagator
 
-        auto_instrumentation.initialize()
-        propagators.set_global_response_propagator(propagators.TraceResponsePropagator())  # for the access log
+        initialize()
+        set_global_response_propagator(TraceResponsePropagator())  # type: ignore[no-untyped-call]  # for the access log
 
 
 def worker_exit(server: Any, worker: Any) -> None:

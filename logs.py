@@ -70,10 +70,10 @@ def trace_id() -> str | None:
     """Return the id of the trace that OpenTelemetry records for the request, if it does."""
     if "opentelemetry.trace" not in sys.modules:
         return None
-    from opentelemetry import trace
+    from opentelemetry.trace import format_trace_id, get_current_span
 
-    context = trace.get_current_span().get_span_context()
-    return trace.format_trace_id(context.trace_id) if context.is_valid else None
+    context = get_current_span().get_span_context()
+    return format_trace_id(context.trace_id) if context.is_valid else None
 
 
 class Formatter(logging.Formatter):

@@ -1,8 +1,10 @@
 """The service as it is deployed: its start, its contract, hostile clients and broken databases."""
 
 import contextlib
+import http.client
 import json
 import os
+import select
 import signal
 import socket
 import stat
@@ -14,21 +16,31 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import jwt
 import psutil
 import psycopg2
 import pytest
 import requests
 import schemathesis
-from hypothesis import HealthCheck, settings
+from cryptography.hazmat.primitives.asymmetric import rsa
+from flask.testing import FlaskClient
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+import settings
+import tokens
 from conftest import (
     EMPTY,
     GUNICORN,
     HERE,
+    SCHEMA,
     SECRET,
     URL,
     add_one,
@@ -38,7 +50,6 @@ from conftest import (
     path,
     run_command,
     serving,
-    start_postgres,
     token,
 )  # fmt: skip
 
@@ -73,9 +84,12 @@ SETTINGS = {
     "no port": ("DATABASE_URL", "postgresql://u:hunter2@h:x/d", "a URL that libpq accepts"),
     "unknown parameter": ("DATABASE_URL", "postgresql://u:hunter2@h/d?foo=bar", "a URL that libpq accepts"),
     "a host twice": ("DATABASE_URL", "postgresql://u:hunter2@/d?host=a&host=b", "a URL that libpq accepts"),
+    "a blank at the end": ("DATABASE_URL", "postgresql://u:hunter2@h/d ", "a URL that libpq accepts"),
+    "a line break at the end": ("JWT_KEY", f"{SECRET}\n", "a secret or a PEM public key for JWT_ALGORITHM HS256"),
+    "keys over http": ("JWT_JWKS_URL", "http://issuer.example/keys", "an https URL; http is for localhost"),
     "no connections": ("DATABASE_POOL_SIZE", "0", "a whole number above 0"),
-    "no algorithm": ("JWT_ALGORITHM", "none", "an algorithm of RFC 7518"),
-    "small letters": ("JWT_ALGORITHM", "hs256", "an algorithm of RFC 7518"),
+    "no algorithm": ("JWT_ALGORITHM", "none", "one of HS256, HS384"),
+    "small letters": ("JWT_ALGORITHM", "hs256", "one of HS256, HS384"),
     "empty audience": ("JWT_AUDIENCE", "", "a text that is not empty"),
     "empty key": ("JWT_KEY", "", "a secret or a PEM public key for JWT_ALGORITHM HS256"),
     "short key": ("JWT_KEY", "x" * 31, "a secret or a PEM public key for JWT_ALGORITHM HS256"),
@@ -102,12 +116,54 @@ def test_a_key_that_does_not_fit_its_algorithm_ends_the_start() -> None:
     assert ended.stderr.splitlines()[-1].startswith(f"cart: JWT_KEY must be {rule}")
 
 
-@pytest.mark.parametrize("name", ["JWT_ALGORITHM", "JWT_AUDIENCE"])
-def test_a_setting_for_tokens_without_a_key_ends_the_start(name: str) -> None:
-    ended = run_command("gunicorn", "--check-config", "cart:app", **dict[str, Any]({name: "HS256"}))
+JWKS = "https://issuer.example/keys"
+TOGETHER: dict[str, tuple[dict[str, str], str]] = {
+    "algorithm alone": (
+        {"JWT_ALGORITHM": "HS256"},
+        "JWT_ALGORITHM is for tokens, which need JWT_KEY or JWT_JWKS_URL.",
+    ),
+    "audience alone": (
+        {"JWT_AUDIENCE": "carts"},
+        "JWT_AUDIENCE is for tokens, which need JWT_KEY or JWT_JWKS_URL.",
+    ),
+    "two algorithms": (
+        {"JWT_KEY": SECRET, "JWT_ALGORITHM": "HS256,HS512"},
+        "JWT_ALGORITHM must be one algorithm. Several are for JWT_JWKS_URL.",
+    ),
+    "symmetric": (
+        {"JWT_JWKS_URL": JWKS, "JWT_ALGORITHM": "RS256,HS256"},
+        "JWT_ALGORITHM must be asymmetric, like RS256, where JWT_JWKS_URL publishes the keys.",
+    ),
+    "two sources": (
+        {"JWT_JWKS_URL": JWKS, "JWT_KEY": SECRET, "JWT_ALGORITHM": "RS256"},
+        "JWT_KEY must be a secret or a PEM public key for JWT_ALGORITHM RS256.",
+    ),
+    "a setting twice": (
+        {"JWT_KEY": SECRET, "JWT_KEY_FILE": "/dev/null"},
+        "JWT_KEY and JWT_KEY_FILE are both set. Set one of them.",
+    ),
+    "no file": (
+        {"JWT_KEY_FILE": "/nowhere/key"},
+        "JWT_KEY_FILE cannot be read: No such file or directory: /nowhere/key",
+    ),
+}
 
-    assert ended.returncode == 1
-    assert ended.stderr == "cart: JWT_ALGORITHM and JWT_AUDIENCE are for tokens, which need JWT_KEY.\n"
+
+@pytest.mark.parametrize(("chosen", "message"), TOGETHER.values(), ids=TOGETHER.keys())
+def test_settings_that_do_not_go_together_end_the_start(chosen: dict[str, Any], message: str) -> None:
+    ended = run_command("gunicorn", "--check-config", "cart:app", **chosen)
+
+    assert (ended.returncode, ended.stderr) == (1, f"cart: {message}\n")
+
+
+def test_a_setting_may_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "url").write_text(f"{URL}\n")
+    (tmp_path / "key").write_text(SECRET)
+    files: dict[str, Any] = {"DATABASE_URL_FILE": str(tmp_path / "url"), "JWT_KEY_FILE": str(tmp_path / "key")}
+
+    with serving(*GUNICORN, DATABASE_URL=None, **files) as (url, _):
+        assert requests.get(url + path("ada"), timeout=6).status_code == 401
+        assert requests.get(url + path("ada"), headers=token(), timeout=6).status_code == 404
 
 
 def test_no_workers_end_the_start() -> None:
@@ -306,7 +362,7 @@ contract = schemathesis.openapi.from_path(HERE / "openapi.yaml")
 
 
 @contract.parametrize()
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 def test_the_service_keeps_its_contract(case: schemathesis.Case[Any], server: str) -> None:
     # A key that an earlier case used with another body is rightly refused, whatever the schema says of the data.
     keyed = "Idempotency-Key" in (case.headers or {})
@@ -385,6 +441,14 @@ def keep_alive(url: str, count: int) -> None:
             assert session.get(f"{url}/nothing", timeout=5).status_code == 404
 
 
+def drain(pipe: int) -> bytes:
+    """Return what comes out of a pipe until nothing has come for a while."""
+    data = b""
+    while select.select([pipe], [], [], 1)[0]:
+        data += os.read(pipe, 1 << 20)
+    return data
+
+
 def messages(log: Path) -> list[str]:
     """Return what the lines of the error log say; each is one JSON object."""
     return [json.loads(line)["message"] for line in log.read_text().splitlines()]
@@ -412,9 +476,9 @@ def test_a_reader_of_the_log_that_is_gone_or_stalled_holds_up_nobody(tmp_path: P
                 os.close(read)
             keep_alive(url, 700)
             if reader == "stalled":
-                os.read(read, 1 << 20)
+                drain(read)
                 keep_alive(url, 1)
-                assert json.loads(os.read(read, 1 << 20).splitlines()[-1])["path"] == "/nothing"
+                assert json.loads(drain(read))["path"] == "/nothing"
                 os.close(read)
     told = messages(tmp_path / "errors")
 
@@ -425,7 +489,7 @@ def test_a_reader_of_the_log_that_is_gone_or_stalled_holds_up_nobody(tmp_path: P
 @pytest.mark.parametrize("reader", ["gone", "stalled"])
 def test_nobody_waits_where_one_pipe_takes_both_logs_and_is_not_read(reader: str) -> None:
     read, write = os.pipe()
-    with serving(*GUNICORN, output=write, errors=write) as (url, process):
+    with serving(*GUNICORN, output=write, errors=write, WEB_CONCURRENCY="1") as (url, process):
         os.close(write)
         if reader == "gone":
             os.close(read)
@@ -433,16 +497,185 @@ def test_nobody_waits_where_one_pipe_takes_both_logs_and_is_not_read(reader: str
             assert exchange(url, b"no HTTP\r\n\r\n").startswith(b"HTTP/1.1 400")
         keep_alive(url, 100)
         if reader == "stalled":
-            text = b""
-            while not text.endswith(b"\n") or len(text) < 60_000:
-                text += os.read(read, 1 << 20)
+            drain(read)
             assert exchange(url, b"no HTTP\r\n\r\n")
-            entries = [json.loads(line) for line in (text + os.read(read, 1 << 20)).splitlines()]
+            entries = [json.loads(line) for line in drain(read).splitlines()]
             assert any(entry.get("message", "").endswith("lines of stderr were lost.") for entry in entries)
         process.terminate()
         assert process.wait(15) == 0
     if reader == "stalled":
         os.close(read)
+
+
+def test_a_request_has_one_id_in_its_answer_and_both_logs(tmp_path: Path) -> None:
+    nowhere: dict[str, Any] = {"DATABASE_URL": "postgresql://u@127.0.0.1:1/d"}
+    with (tmp_path / "out").open("wb") as output, (tmp_path / "errors").open("wb") as errors:
+        with serving(*GUNICORN, output=output, errors=errors, **nowhere) as (url, _):
+            sent = [requests.get(f"{url}/healthz", headers={"X-Request-Id": name}, timeout=6) for name in ("a b", "é")]
+    told, made = (response.headers["X-Request-Id"] for response in sent)
+    ids = {
+        name: [json.loads(line).get("request_id") for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("out", "errors")
+    }
+
+    assert told == "a b" and len(made) == 32
+    for name in ("out", "errors"):
+        assert {told, made} <= set(ids[name])
+
+
+def test_metrics_go_to_statsd() -> None:
+    with socket.socket(type=socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        receiver.settimeout(5)
+        host = f"127.0.0.1:{receiver.getsockname()[1]}"
+        with serving("gunicorn", "--statsd-host", host, *GUNICORN[1:]) as (url, _):
+            keep_alive(url, 5)
+            seen: Counter[bytes] = Counter()
+            while seen[b"gunicorn.request.status.404"] < 5:
+                seen[receiver.recv(1000).partition(b":")[0]] += 1
+
+    assert seen[b"gunicorn.request.duration"] >= 5 and seen[b"gunicorn.requests"] >= 5
+
+
+def test_traces_go_to_a_collector(tmp_path: Path) -> None:
+    spans = 0
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            nonlocal spans
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            for resource in ExportTraceServiceRequest.FromString(data).resource_spans:
+                for scope in resource.scope_spans:
+                    spans += len(scope.spans) if scope.scope.name.endswith(".flask") else 0
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector, (tmp_path / "errors").open("wb") as errors:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        exporter: dict[str, Any] = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            "OTEL_METRICS_EXPORTER": "none",
+            "OTEL_LOGS_EXPORTER": "none",
+        }
+        with serving(*GUNICORN, errors=errors, **exporter) as (url, _):
+            before = 1  # to see that it is up
+            keep_alive(url, 200)
+        collector.shutdown()
+
+    assert spans == 200 + before
+    assert "raceback" not in (tmp_path / "errors").read_text()
+
+
+# The stop
+
+
+def test_a_stop_leaves_no_accepted_request_unanswered(tmp_path: Path) -> None:
+    def shop(turn: int) -> str:
+        connection = http.client.HTTPConnection(service.removeprefix("http://"), timeout=15)
+        while True:
+            connection.request("GET", path(f"user {turn}"))
+            response = connection.getresponse()
+            response.read()
+            if response.headers["Connection"] == "close":
+                return "told"
+            time.sleep(turn % 8 / 50)
+
+    with (tmp_path / "errors").open("wb") as errors, ThreadPoolExecutor(32) as pool:
+        with serving(*GUNICORN, errors=errors) as (service, process):
+            idle = [connect_to(service) for _ in range(20)]
+            for connection in idle:
+                connection.sendall(b"GET /nothing HTTP/1.1\r\nHost: h\r\n\r\n")
+                assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+            shoppers = [pool.submit(shop, turn) for turn in range(32)]
+            time.sleep(1)
+            process.terminate()
+            assert process.wait(10) == 0
+            assert [shopper.result() for shopper in shoppers] == ["told"] * 32
+            assert [connection.recv(1) for connection in idle] == [b""] * 20
+    for connection in idle:
+        connection.close()
+
+    assert '"ERROR"' not in (tmp_path / "errors").read_text()
+
+
+# Tokens of an issuer
+
+
+class Issuer(ThreadingHTTPServer):
+    """Publishes keys, counts who asks for them, and can be down."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, rsa.RSAPrivateKey] = {}
+        self.asked, self.is_down = 0, False
+        super().__init__(("127.0.0.1", 0), IssuerHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}/keys"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def rotate(self, key_id: str) -> None:
+        self.keys[key_id] = rsa.generate_private_key(65537, 2048)
+
+    def token(self, key_id: str, **claims: object) -> dict[str, str]:
+        claims = {"sub": "ada", "exp": int(time.time()) + 60, "iss": "shop", **claims}
+        signed = jwt.encode(claims, self.keys[key_id], "RS256", {"kid": key_id})
+        return {"Authorization": f"Bearer {signed}"}
+
+
+class IssuerHandler(BaseHTTPRequestHandler):
+    server: Issuer
+
+    def do_GET(self) -> None:
+        self.server.asked += 1
+        to_dict = jwt.algorithms.RSAAlgorithm.to_jwk
+        keys = [
+            {**to_dict(key.public_key(), as_dict=True), "kid": name, "use": "sig"}
+            for name, key in self.server.keys.items()
+        ]
+        self.send_response(500 if self.server.is_down else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"keys": keys}).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_keys_of_an_issuer_rotate_without_a_restart(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(headers: dict[str, str]) -> int:
+        return client.get(path("ada"), headers=headers).status_code
+
+    with Issuer() as issuer:
+        monkeypatch.setattr(tokens, "issuer", tokens.IssuerKeys(issuer.url))
+        monkeypatch.setattr(settings, "JWT_ALGORITHMS", ["RS256"])
+        monkeypatch.setattr(settings, "JWT_ISSUER", "shop")
+        issuer.rotate("a")
+        forged = jwt.encode({"sub": "ada", "exp": time.time() + 60, "iss": "shop"}, SECRET, headers={"kid": "a"})
+        assert [ask(issuer.token("a")), ask(issuer.token("a", iss="else")), ask(issuer.token("a", sub="b"))] == [
+            404,
+            401,
+            403,
+        ]
+        assert ask({"Authorization": f"Bearer {forged}"}) == 401
+
+        issuer.rotate("b")
+        assert {ask(issuer.token("b")) for _ in range(20)} == {401}  # it was asked a moment ago
+        assert issuer.asked == 1
+        monkeypatch.setattr(tokens, "COOLDOWN", 0)
+        assert ask(issuer.token("b")) == 404
+        assert issuer.asked == 2
+
+        issuer.is_down = True
+        issuer.rotate("c")
+        unknown = client.get(path("ada"), headers=issuer.token("c"))
+        assert_problem(unknown, 503, "Service Unavailable", "The token's key is not known yet. Try again.")
+        assert unknown.headers["Retry-After"] == "1"
+        assert [ask(issuer.token(key)) for key in "ab"] == [404, 404]
+        monkeypatch.setattr(tokens, "KEEP", 0)  # an hour later
+        assert ask(issuer.token("a")) == 503
+        issuer.shutdown()
 
 
 # Hostile clients
@@ -474,6 +707,7 @@ HOSTILE = {
     "negative length": (POST + b"Content-Length: -1\r\n\r\n{}", 400),
     "endless length": (POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n{}", 400),
     "unknown coding": (POST + b"Transfer-Encoding: gzip\r\n\r\n{}", 400),
+    "no host": (b"GET /cart/users/ada HTTP/1.1\r\nConnection: close\r\n\r\n", 400),
     "large header": (GET + b"X: " + b"x" * 100_000 + b"\r\n\r\n", 431),
     "many headers": (GET + b"X: x\r\n" * 500 + b"\r\n", 431),
     "long path": (b"GET /cart/users/" + b"x" * 9_000 + b" HTTP/1.1\r\n\r\n", 414),
@@ -498,22 +732,90 @@ def test_a_hostile_request_is_refused_and_stores_nothing(server: str, request_: 
 def test_clients_that_drip_or_stop_halfway_are_cut_off_and_hold_up_no_one(server: str) -> None:
     starts = [b"GET /", GET, b"", POST + b"Transfer-Encoding: chunked\r\n\r\n1f\r\n{"]
     with contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(connect_to(server)) for _ in range(2200)]
+        slow = [stack.enter_context(connect_to(server)) for _ in range(400)]
         began = time.monotonic()
         for turn, connection in enumerate(slow):
             connection.sendall(starts[turn % 4])
         for _ in range(3):
             time.sleep(1.5)
-            for connection in slow[:1000]:
+            for connection in slow[:200]:
                 connection.sendall(b" ")
             with ThreadPoolExecutor(16) as pool:
                 codes = list(pool.map(lambda _: requests.get(f"{server}/healthz", timeout=2).status_code, range(64)))
             assert codes == [200] * 64
-        for turn in range(1196, 1200):  # one of each kind
+        for turn in range(396, 400):  # one of each kind
             said = slow[turn].recv(65536)
             assert said.startswith(b"HTTP/1.1 400") if turn % 4 == 3 else said == b""
 
     assert 9 < time.monotonic() - began < 15
+
+
+ENDLESS = [
+    (b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 2000),
+    (b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"a: b\r\n" * 1000),  # trailers
+    (b"Content-Length: 99999999999\r\n\r\n", b"x" * 65536),
+    (b"".join(b"X%d: %b\r\n" % (n, b"x" * 7000) for n in range(4)) + b"Y: ", b"y"),
+    (b"Content-Length: 0\r\n\r\n", b"GET /nothing HTTP/1.1\r\nHost: h\r\n\r\n" * 500),
+]
+
+
+def test_clients_that_never_end_hold_up_no_one() -> None:
+    def send(begin: bytes, rest: bytes) -> None:
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), connect_to(service) as connection:
+                connection.settimeout(0.5)
+                connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: h\r\n" + begin)
+                while time.monotonic() < end:
+                    connection.sendall(rest)
+
+    with serving(*GUNICORN) as (service, process), ThreadPoolExecutor(10) as pool:
+        while len(workers := psutil.Process(process.pid).children()) < 2:
+            time.sleep(0.1)
+        end = time.monotonic() + 4
+        hostile = [pool.submit(send, *kind) for kind in ENDLESS for _ in range(2)]
+        answered = 0
+        while time.monotonic() < end:
+            assert requests.get(f"{service}/healthz", timeout=6).status_code == 200
+            answered += 1
+        assert [one.result() for one in hostile] == [None] * 10
+        assert psutil.Process(process.pid).children() == workers
+
+    assert answered > 1
+
+
+def test_every_line_that_can_be_added_can_be_removed(server: str) -> None:
+    longest = "😀" * 255
+    requests.post(server + path(longest), json={"product_id": longest, "quantity": 1}, timeout=6)
+
+    response = requests.delete(server + path(longest), params={"product_id": longest}, timeout=6)
+
+    assert response.json() == {"msg": "Cart item deleted"}
+
+
+def test_large_bodies_are_bounded_together() -> None:
+    def send(_: int) -> bytes:
+        with connect_to(url) as connection:
+            connection.sendall(POST + b"Content-Length: 2000000\r\n\r\n" + b" " * 1_900_000)
+            assert sent.wait(5)
+            connection.sendall(b" " * 100_000)
+            return connection.recv(12)
+
+    def send_chunks(_: int) -> int:
+        item = [b'{"product_id": "p",', b'"quantity": 1}']
+        headers = {"Content-Type": "application/json"}
+        return requests.post(url + path("ada"), data=iter(item), headers=headers, timeout=20).status_code
+
+    sent = threading.Event()
+    with serving(*GUNICORN, WEB_CONCURRENCY="1") as (url, _), ThreadPoolExecutor(24) as pool:
+        answers = [pool.submit(send, turn) for turn in range(24)]
+        time.sleep(2)
+        with ThreadPoolExecutor(40) as others:
+            small = list(others.map(send_chunks, range(40)))
+        sent.set()
+        codes = Counter(int(answer.result().split()[1]) for answer in answers)
+
+    assert small == [200] * 40
+    assert codes == {400: 16, 503: 8}  # blanks are no JSON
 
 
 def test_a_connection_is_kept_for_its_next_request(server: str) -> None:
@@ -538,9 +840,11 @@ def test_two_hundred_clients_at_once_are_all_served(server: str) -> None:
 class Database:
     """A PostgreSQL of its own, to be mistreated."""
 
-    def __init__(self) -> None:
-        self.url = start_postgres()
-        self.data = Path(psycopg2.extensions.parse_dsn(self.url)["host"])
+    def __init__(self, folder: Path) -> None:
+        self.data = folder / "postgres"
+        self.url = f"postgresql://postgres@/postgres?host={quote(str(self.data), safe='')}&port=5432"
+        self.start()
+        execute(SCHEMA.read_text(), self.url)
 
     def processes(self) -> list[psutil.Process]:
         postmaster = psutil.Process(int((self.data / "postmaster.pid").read_text().split()[0]))
@@ -607,8 +911,10 @@ class Proxy:
 
 
 @pytest.fixture(scope="session")
-def database() -> Database:
-    return Database()
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    database = Database(tmp_path_factory.mktemp("database"))
+    yield database
+    database.crash()
 
 
 @pytest.fixture(scope="session")
