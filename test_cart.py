@@ -8,6 +8,7 @@ from base64 import urlsafe_b64encode
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -407,8 +408,9 @@ def test_init_db_says_what_it_did_and_may_be_repeated(client: FlaskClient) -> No
 
 @pytest.fixture
 def least_privileged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The service as a role with no more rights than README's."""
-    execute("CREATE ROLE shop LOGIN; GRANT SELECT, INSERT, UPDATE, DELETE ON cart_items, idempotency_keys TO shop")
+    """The service as a role with no more rights than the operator's document gives."""
+    [rights] = re.findall(r"```sql\n(.*?)```", Path(cart.app.root_path, "docs/operating.md").read_text(), re.DOTALL)
+    execute(rights)
     with connected(monkeypatch, user="shop"):
         yield
     execute("DROP OWNED BY shop; DROP ROLE shop")
@@ -1139,60 +1141,70 @@ def test_the_page_shows_the_contract_with_nothing_from_elsewhere(client: FlaskCl
 
 
 LINE = {"product_id": "p", "quantity": 1}
-POST: dict[str, Any] = {"method": "POST", "content_type": "application/json"}
-DELETE: dict[str, Any] = {"method": "DELETE"}
-REFUSED: dict[tuple[str, str], dict[str, Any]] = {
-    ("BadRequest", "json"): {**POST, "data": b'{"product_id": "p"'},
-    ("BadRequest", "broken"): {**POST, "data": b"{}", "environ_overrides": {"CONTENT_LENGTH": "9"}},
-    ("BadRequest", "path"): {"user_id": "%ff"},
-    ("BadRequest", "query"): {**DELETE, "query_string": "product_id=%ff"},
-    ("BadRequest", "key"): {**POST, "json": LINE, "headers": {"Idempotency-Key": ""}},
-    ("Unauthorized", "none"): {"headers": {"Authorization": "Basic eA=="}},
-    ("Unauthorized", "expired"): {"claims": {"exp": 1}},
-    ("Unauthorized", "early"): {"claims": {"nbf": 4_000_000_000}},
-    ("Unauthorized", "invalid"): {"claims": {"aud": "else"}},
-    ("Forbidden", "user"): {"claims": {"sub": "bob"}},
-    ("NotFound", "cart"): {"user_id": "bob", "claims": {"sub": "bob"}},
-    ("NotFound", "line"): {**DELETE, "query_string": "product_id=p"},
-    ("Conflict", "total"): {**POST, "json": {"product_id": "001", "quantity": MAX}},
-    ("Conflict", "full"): {**POST, "json": LINE},
-    ("Conflict", "list"): {**POST, "json": [{"product_id": "001", "quantity": 1}, LINE]},
-    ("TooLarge", "size"): {**POST, "data": b" " * (2 * 1024 * 1024 + 1)},
-    ("NotJSON", "type"): {"method": "POST", "data": b"{}", "content_type": "text/plain"},
-    ("Unprocessable", "change"): {**POST, "json": "p"},
-    ("Unprocessable", "product"): {**POST, "json": {"product_id": "", "quantity": 1}},
-    ("Unprocessable", "user"): {"user_id": "%00"},
-    ("Unprocessable", "quantity"): {**POST, "json": {"product_id": "p", "quantity": 0}},
-    ("Unprocessable", "line"): {**POST, "json": [LINE, {"product_id": "p"}]},
-    ("Unprocessable", "length"): {**POST, "json": []},
-    ("Unprocessable", "key"): {**POST, "json": LINE, "headers": {"Idempotency-Key": "used"}},
-    ("Unprocessable", "query"): {**DELETE, "query_string": "product=p"},
-    ("Unavailable", "database"): {"run": Mock(side_effect=psycopg2.OperationalError)},
-    ("Unavailable", "bodies"): {**POST, "data": b" " * 100_000, "large_bodies": Mock(acquire=Mock(return_value=False))},
-    ("Unavailable", "issuer"): {"opens": Mock(side_effect=tokens.KeysUnavailable)},
+REFUSED: dict[str, dict[str, Any]] = {
+    "not_json": {"data": b'{"product_id": "p"'},
+    "broken_off": {"data": b"{}", "environ_overrides": {"CONTENT_LENGTH": "9"}},
+    "path_bytes": {"user_id": "%ff"},
+    "query_bytes": {"query_string": "product_id=%ff"},
+    "key_length": {"headers": {"Idempotency-Key": ""}},
+    "no_token": {"headers": {"Authorization": "Basic eA=="}},
+    "expired": {"claims": {"exp": 1}},
+    "early": {"claims": {"nbf": 4_000_000_000}},
+    "invalid_token": {"claims": {"aud": "else"}},
+    "other_user": {"claims": {"sub": "bob"}},
+    "no_cart": {"user_id": "bob", "claims": {"sub": "bob"}},
+    "no_line": {"query_string": "product_id=p"},
+    "total": {"json": {"product_id": "001", "quantity": MAX}},
+    "full": {"json": LINE},
+    "full_line": {"json": [{"product_id": "001", "quantity": 1}, LINE]},
+    "too_large": {"data": b" " * (2 * 1024 * 1024 + 1)},
+    "not_said_json": {"data": b"{}", "content_type": "text/plain"},
+    "no_change": {"json": "p"},
+    "product_id": {"json": {"product_id": "", "quantity": 1}, "query_string": "product_id="},
+    "user_id": {"user_id": "%00"},
+    "quantity": {"json": {"product_id": "p", "quantity": 0}},
+    "quantity_line": {"json": [LINE, {"product_id": "p"}]},
+    "list_length": {"json": []},
+    "key_reuse": {"headers": {"Idempotency-Key": "used"}},
+    "query": {"query_string": "product=p"},
+    "database": {"run": Mock(side_effect=psycopg2.OperationalError)},
+    "bodies": {"data": b" " * 100_000, "large_bodies": Mock(acquire=Mock(return_value=False))},
+    "issuer": {"opens": Mock(side_effect=tokens.KeysUnavailable)},
 }
 
 
-def test_the_examples_of_refusals_are_what_is_answered(guarded: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_each_operation_are_what_it_answers(
+    guarded: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(guarded, **token(aud="carts"), **{"Idempotency-Key": "used"})
     contract = yaml.safe_load(Path(cart.app.root_path, "openapi.yaml").read_text())
+
+    def resolve(node: dict[str, Any]) -> Any:
+        return reduce(dict.__getitem__, node["$ref"].removeprefix("#/").split("/"), contract)
+
     examples = {
-        (response, name): example["value"]
-        for response, content in contract["components"]["responses"].items()
-        for name, example in content["content"]["application/problem+json"]["examples"].items()
+        (method, name): resolve(example)["value"]
+        for method in ("get", "post", "delete")
+        for code, response in contract["paths"]["/cart/users/{user_id}"][method]["responses"].items()
+        if code != "200"
+        for name, example in resolve(response)["content"]["application/problem+json"]["examples"].items()
     }
 
     answers = {}
-    for name, options in REFUSED.items():
-        claims, user_id = options.get("claims", {}), options.get("user_id", "ada")
-        headers = {**token(**{"aud": "carts", **claims}), **options.get("headers", {})}
-        asked = {key: options[key] for key in options.keys() - {"claims", "user_id", "headers", *FAULTS}}
+    for method, name in examples:
+        options = {**({"json": LINE} if method == "post" and "data" not in REFUSED[name] else {}), **REFUSED[name]}
+        options = {"content_type": "application/json", **options} if "data" in options else options
+        claims, user_id = options.pop("claims", {}), options.pop("user_id", "ada")
+        headers = {**token(**{"aud": "carts", **claims}), **options.pop("headers", {})}
         with monkeypatch.context() as patched:
             for fault in FAULTS.keys() & options.keys():
-                patched.setattr(FAULTS[fault], fault, options[fault])
-            answers[name] = guarded.open(f"/cart/users/{user_id}", headers=headers, **asked).get_json()
+                patched.setattr(FAULTS[fault], fault, options.pop(fault))
+            answers[method, name] = guarded.open(
+                f"/cart/users/{user_id}", method=method, headers=headers, **options
+            ).get_json()
 
     assert answers == examples
+    assert {name for _, name in examples} == REFUSED.keys()
 
 
 FAULTS: dict[str, Any] = {"run": cart.database, "large_bodies": cart, "opens": tokens}
