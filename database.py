@@ -31,6 +31,9 @@ SET_UP = f"""
     SET default_transaction_isolation = 'read committed';
     SELECT pg_backend_pid()
 """
+MAINTENANCE = """
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; SET LOCAL row_security = off;
+"""
 LIST_HOLDERS = """
     SELECT pid, usename, application_name FROM pg_stat_activity
     WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < now() - interval '1 second'
@@ -137,20 +140,20 @@ def cancel(pid: int) -> None:
 
 @contextmanager
 def maintenance() -> Iterator[Callable[..., list[Any]]]:
-    """Give a function that runs SQL in a transaction of its own and returns its rows.
+    """Give a function that runs SQL in a transaction of its own and returns the rows of its last statement.
 
     :raise psycopg2.Error: the database refused it, failed, or was silent for 30 seconds
     """
 
     def execute(sql: str, *values: object) -> list[Any]:
-        with connection, connection.cursor() as cursor:
-            cursor.execute(f"SET LOCAL statement_timeout = 0; SET LOCAL row_security = off; {sql}", values or None)
+        with connection.cursor() as cursor:
+            cursor.execute(MAINTENANCE + sql, values or None)  # what is sent at once is a transaction
             return list(cursor.fetchall()) if cursor.description else []
 
     psycopg2.extensions.set_wait_callback(partial(wait, timeout=COMMAND_TIMEOUT))
     try:
         with closing(connect()) as connection:
-            connection.set_session(isolation_level="READ COMMITTED")
+            connection.autocommit = True
             yield execute
     finally:
         psycopg2.extensions.set_wait_callback(wait)
