@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import gevent
 import orjson
+from gevent.lock import BoundedSemaphore
 from gevent.monkey import get_original
 from gunicorn.http.errors import InvalidHeader, LimitRequestHeaders, LimitRequestLine, ParseException
 from gunicorn.workers.ggevent import GeventWorker
@@ -19,15 +20,17 @@ REQUEST_TIMEOUT, ANSWER_TIMEOUT, CLOSE_TIMEOUT, LAST_REQUEST_TIMEOUT = 10, 5, 1,
 # Bytes. A token has some thousand; a body in small chunks has their sizes between them; what is left of a body that
 # nobody read is read for the sake of the next request, where it is short.
 MAX_HEAD, MAX_REQUEST, MAX_REST = 32 * 1024, 4 * 1024 * 1024, 16 * 1024
+MUCH, MAX_PAUSE = 16 * 1024, 0.1  # bytes of a request, and seconds that it pauses between the next ones
 
 
 class Client:
     """A client's socket. A request that takes too long looks broken off, and an answer is sent as a whole."""
 
     idle: ClassVar[set["Client"]] = set()  # the kept connections that wait for their next request
+    lane: ClassVar = BoundedSemaphore()  # those who send much pass one by one
 
     def __init__(self, socket: Any, keepalive: int) -> None:
-        self.socket, self.keepalive, self.answer = socket, keepalive, b""
+        self.socket, self.keepalive, self.answer, self.taken_at = socket, keepalive, b"", 0.0
         self.start()
 
     def __getattr__(self, name: str) -> Any:
@@ -36,7 +39,7 @@ class Client:
     def start(self) -> None:
         """Begin a request."""
         self.idle.discard(self)
-        self.deadline, self.left = monotonic() + REQUEST_TIMEOUT, MAX_HEAD
+        self.deadline, self.left, self.taken = monotonic() + REQUEST_TIMEOUT, MAX_HEAD, 0
 
     def recv(self, size: int) -> bytes:
         """Return what comes next, or nothing where it does not come in time.
@@ -44,7 +47,11 @@ class Client:
         :raise LimitRequestHeaders: too much has come
         """
         is_idle = self in self.idle
-        if not is_idle:
+        if self.taken > MUCH:  # it gives back the time that its last bytes took, so that half is for the others
+            pause = min(monotonic() - self.taken_at, MAX_PAUSE)
+            with self.lane:
+                gevent.sleep(pause)
+        elif not is_idle:
             gevent.sleep(0)  # the others' turn: one who sends without a pause would keep it
         timeout = self.keepalive if is_idle else self.deadline - monotonic()
         if self.left <= 0:
@@ -58,7 +65,7 @@ class Client:
             return b""
         if is_idle:
             self.start()
-        self.left -= len(data)
+        self.left, self.taken, self.taken_at = self.left - len(data), self.taken + len(data), monotonic()
         return data
 
     def sendall(self, data: bytes) -> None:
