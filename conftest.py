@@ -4,12 +4,14 @@ import atexit
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -108,7 +110,9 @@ def serving(
     port = free_port()
     words = [str(BINARIES / command[0]), *(word.replace("PORT", str(port)) for word in command[1:])]
     env = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-    process = subprocess.Popen(words, cwd=folder, env=env, stdout=output, stderr=errors)
+    # Ctrl-C ends it also where the tests run in the background, for which shells ignore SIGINT.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, cwd=folder, env=env, stdout=output, stderr=errors, preexec_fn=heed)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):

@@ -27,6 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from werkzeug.test import TestResponse
 
 import cart
+import connections
 import database
 import settings
 import tokens
@@ -477,10 +478,12 @@ def test_healthz_is_503_where_the_carts_cannot_be_used(
 def test_a_database_that_is_not_in_utf8_is_refused(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
+    psycopg2.extensions.set_wait_callback(None)  # a slow disk needs longer than a request may take
     with contextlib.closing(psycopg2.connect(URL)) as connection:
         connection.autocommit = True
         for sql in ("DROP DATABASE IF EXISTS other", f"CREATE DATABASE other ENCODING {encoding} TEMPLATE template0"):
             connection.cursor().execute(sql)
+    psycopg2.extensions.set_wait_callback(connections.wait)
 
     with connected(monkeypatch, dbname="other"):
         result = cart.app.test_cli_runner().invoke(args=["init-db"])

@@ -665,12 +665,27 @@ class IssuerHandler(BaseHTTPRequestHandler):
             {**to_dict(key.public_key(), as_dict=True), "kid": name, "use": "sig"}
             for name, key in self.server.keys.items()
         ]
-        self.send_response(500 if self.server.is_down else 200)
+        if self.path == "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", self.server.url)
+        else:
+            self.send_response(500 if self.server.is_down else 200)
         self.end_headers()
         self.wfile.write(json.dumps({"keys": keys}).encode())
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def test_an_issuer_that_sends_elsewhere_is_not_followed(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Issuer() as issuer:
+        issuer.rotate("a")
+        monkeypatch.setattr(tokens, "issuer", tokens.IssuerKeys(issuer.url.replace("keys", "elsewhere")))
+        monkeypatch.setattr(settings, "JWT_ALGORITHMS", ["RS256"])
+        assert client.get(path("ada"), headers=issuer.token("a")).status_code == 503
+        monkeypatch.setattr(tokens, "issuer", tokens.IssuerKeys(issuer.url))
+        assert client.get(path("ada"), headers=issuer.token("a")).status_code == 404
+        issuer.shutdown()
 
 
 def test_keys_of_an_issuer_rotate_without_a_restart(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -989,6 +1004,14 @@ def await_recovery(url: str) -> None:
     pytest.fail("the service did not recover")
 
 
+def await_rows(statement: str, rows: list[Any], url: str) -> None:
+    for _ in range(100):
+        if execute(statement, url) == rows:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{statement} did not come to {rows}")
+
+
 def test_retried_adds_are_exact_through_two_crashes(database: Database, url: str) -> None:
     def add_until_acknowledged(turn: int) -> list[int]:
         codes = []
@@ -1126,7 +1149,7 @@ def test_a_standby_that_stalls_does_not_use_up_the_connections(database: Databas
                 time.sleep(0.5)
                 assert requests.get(url + path("nobody"), timeout=6).status_code in (404, 503)
                 assert set(changes.result()) == {503}
-            assert execute(waiting, database.url) == [(0,)]
+            await_rows(waiting, [(0,)], database.url)
             assert requests.get(url + path("nobody"), timeout=6).status_code == 404
     finally:
         database.wait_for_standby("")

@@ -4,6 +4,7 @@ import logging
 import math
 import threading
 import time
+import urllib.request
 from typing import Any
 
 import jwt
@@ -14,6 +15,7 @@ LEEWAY = 30  # seconds by which an issuer's clock may be ahead
 # Seconds: how long a request waits for the issuer's keys, how old they get before they are fetched again and before
 # they count no longer, and how soon after a try the next one may be.
 FETCH_TIMEOUT, REFRESH, KEEP, COOLDOWN = 0.9, 300, 3600, 10
+MAX_KEYS = 1024 * 1024  # bytes of the list
 REASONS: dict[type, str] = {jwt.ExpiredSignatureError: "expired", jwt.ImmatureSignatureError: "not valid yet"}
 
 
@@ -25,11 +27,18 @@ class KeysUnavailable(Exception):
     """The issuer does not tell whether it has the token's key."""
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Fails where the issuer's address sends elsewhere: only that address is trusted."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
 class IssuerKeys:
     """The keys that an issuer publishes (RFC 7517), fetched beside the requests: no token with a known key waits."""
 
     def __init__(self, url: str) -> None:
-        self.client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=5)
+        self.url = url
         self.known: dict[str | None, jwt.PyJWK] = {}
         self.tried = self.fetched = -math.inf
         self.fetch_ended = threading.Event()
@@ -57,7 +66,9 @@ class IssuerKeys:
     def fetch(self) -> None:
         """Fetch the keys; leave those that are known where it fails."""
         try:
-            self.known = {key.key_id: key for key in self.client.get_signing_keys()}
+            with urllib.request.build_opener(NoRedirect).open(self.url, timeout=5) as answer:
+                published = jwt.PyJWKSet.from_json(answer.read(MAX_KEYS).decode()).keys
+            self.known = {key.key_id: key for key in published if key.public_key_use in (None, "sig")}
             self.fetched = time.monotonic()
         except Exception as error:  # the network, the server and its answer have their own ways to fail
             logging.getLogger(__name__).warning("the issuer's keys: %r", error)
