@@ -1,167 +1,130 @@
-"""The clients' side of gunicorn: none of them holds a worker up, whatever it sends, takes or leaves out."""
+"""The clients' side of gunicorn: none of them holds a worker up, whatever it sends, takes or leaves out.
 
-import os
+Read in gunicorn 27.0: what a worker calls of a socket, and the methods of GeventWorker that are extended here.
+"""
+
+import re
 from contextlib import nullcontext, suppress
-from http import HTTPStatus
-from socket import SHUT_RD, SHUT_WR
+from errno import EPIPE
+from random import getrandbits
+from socket import SHUT_WR
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any
 
 import gevent
-import orjson
-from gevent.lock import BoundedSemaphore
-from gevent.monkey import get_original
-from gunicorn.http.errors import InvalidHeader, LimitRequestHeaders, LimitRequestLine, ParseException
+from gunicorn.http.errors import InvalidHeader, LimitRequestHeaders
 from gunicorn.workers.ggevent import GeventWorker
 
-# Seconds: for a request from its first byte to its last, for its answer to be taken, for a client's last words, and
-# for the last request of a kept connection when the worker stops.
-REQUEST_TIMEOUT, ANSWER_TIMEOUT, CLOSE_TIMEOUT, LAST_REQUEST_TIMEOUT = 10, 5, 1, 2
-# Bytes. A token has some thousand; a body in small chunks has their sizes between them; what is left of a body that
-# nobody read is read for the sake of the next request, where it is short.
-MAX_HEAD, MAX_REQUEST, MAX_REST = 32 * 1024, 4 * 1024 * 1024, 16 * 1024
-MUCH, MAX_PAUSE = 16 * 1024, 0.1  # bytes of a request, and seconds that it pauses between the next ones
+MAX_HEAD = 32 * 1024  # bytes; a token has some thousand
+MAX_BODY = 2 * 1024 * 1024  # bytes; cart.py refuses less than that
+MAX_REST = 16 * 1024  # bytes of a body that are read for the next request's sake if nobody wanted them
+REQUEST_TIMEOUT = 10  # seconds for the head of a connection's first request, and for each body
+ANSWER_TIMEOUT = 10  # seconds for each part of an answer to be taken
+LINGER_TIMEOUT = 1  # seconds for what is on its way when the connection closes
+MAX_PART = 64 * 1024  # bytes of an answer that are kept until there is more, or all
+STOP_TIMEOUT = 5  # seconds for requests in progress at a stop
 
 
 class Client:
-    """A client's socket. A request that takes too long looks broken off, and an answer is sent as a whole."""
+    """A client's socket. What comes too late looks as if the client had gone, and an answer is sent as a whole."""
 
-    idle: ClassVar[set["Client"]] = set()  # the kept connections that wait for their next request
-    lane: ClassVar = BoundedSemaphore()  # those who send much pass one by one
-
-    def __init__(self, socket: Any, keepalive: int) -> None:
-        self.socket, self.keepalive, self.answer, self.taken_at = socket, keepalive, b"", 0.0
-        self.start()
+    def __init__(self, socket: Any) -> None:
+        self.socket = socket
+        self.answer = b""
+        self.expect(MAX_HEAD, REQUEST_TIMEOUT)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.socket, name)
 
-    def start(self) -> None:
-        """Begin a request."""
-        self.idle.discard(self)
-        self.deadline, self.left, self.taken = monotonic() + REQUEST_TIMEOUT, MAX_HEAD, 0
+    def expect(self, size: int, seconds: float) -> None:
+        """Let so many bytes come, all of them within so many seconds."""
+        self.bytes_left = size
+        self.deadline = monotonic() + seconds
 
     def recv(self, size: int) -> bytes:
-        """Return what comes next, or nothing where it does not come in time.
+        """Return what comes next, or nothing if it does not come in time.
 
         :raise LimitRequestHeaders: too much has come
         """
-        is_idle = self in self.idle
-        if self.taken > MUCH:  # it gives back the time that its last bytes took, so that half is for the others
-            pause = min(monotonic() - self.taken_at, MAX_PAUSE)
-            with self.lane:
-                gevent.sleep(pause)
-        elif not is_idle:
-            gevent.sleep(0)  # the others' turn: one who sends without a pause would keep it
-        timeout = self.keepalive if is_idle else self.deadline - monotonic()
-        if self.left <= 0:
+        if self.bytes_left <= 0:
             raise LimitRequestHeaders("The request is too large.")
-        if timeout <= 0:
+        seconds_left = self.deadline - monotonic()
+        if seconds_left <= 0:
             return b""
-        self.socket.settimeout(timeout)
         try:
+            self.socket.settimeout(seconds_left)
             data: bytes = self.socket.recv(size)
-        except TimeoutError:
+        except OSError:  # a timeout, or the client is gone
             return b""
-        if is_idle:
-            self.start()
-        self.left, self.taken, self.taken_at = self.left - len(data), self.taken + len(data), monotonic()
+        self.bytes_left -= len(data)
         return data
 
     def sendall(self, data: bytes) -> None:
-        """Keep what is small until `flush`: the head and the body of an answer are one call of the system then."""
+        """Keep a part of an answer until `flush`: one packet for head and body is 5 % of the throughput."""
         self.answer += data
-        if len(self.answer) > 65536:
+        if len(self.answer) > MAX_PART:
             self.flush()
 
     def flush(self) -> None:
-        if self.answer:
-            self.socket.settimeout(ANSWER_TIMEOUT)
-            data, self.answer = self.answer, b""
-            if (sent := self.socket.send(data)) < len(data):
-                self.socket.sendall(data[sent:])
+        """Send what is kept.
 
-    def sendfile(self, *args: Any, **kwargs: Any) -> Any:
-        self.flush()
-        return self.socket.sendfile(*args, **kwargs)
+        :raise BrokenPipeError: the client does not take it in time, or is gone; gunicorn then closes the connection
+        """
+        data, self.answer = self.answer, b""
+        try:
+            self.socket.settimeout(ANSWER_TIMEOUT)
+            while data:  # gevent's `sendall` costs 2 % of a request more
+                data = data[self.socket.send(data) :]
+        except OSError as error:
+            raise BrokenPipeError(EPIPE, "the answer is not read") from error
 
     def close(self) -> None:
-        """Send what is kept, and leave a little time for what is on its way: unread, it would take the answer along."""
-        self.start()
+        """Send what is kept, and read what is still on its way: unread, it would have the client lose the answer."""
         with suppress(OSError, LimitRequestHeaders):
             self.flush()
             self.socket.shutdown(SHUT_WR)
-            self.deadline, self.left = monotonic() + CLOSE_TIMEOUT, MAX_REQUEST
-            while self.recv(65536):
+            self.expect(MAX_BODY, LINGER_TIMEOUT)
+            while self.recv(MAX_PART):
                 pass
         self.socket.close()
 
-    def hang_up(self) -> None:
-        """Have a greenlet that waits in `recv` see the end. gevent's own `shutdown` would raise an error there."""
-        with suppress(OSError), get_original("socket", "socket")(fileno=os.dup(self.socket.fileno())) as socket:
-            socket.shutdown(SHUT_RD)
-
 
 class Worker(GeventWorker):
-    """A gevent worker that does not wait for clients for ever, and refuses what is not HTTP as the service does."""
+    """A gevent worker that waits for no client for ever."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.requests: set[Any] = set()  # in progress
+    def run(self) -> None:
+        self.cfg.set("graceful_timeout", STOP_TIMEOUT)  # the master waits longer, for the last traces too
+        super().run()
 
     def timeout_ctx(self) -> Any:
         return nullcontext()  # the client's deadline serves
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        kept: Any = Client(client, self.cfg.keepalive)
-        super().handle(listener, kept, addr)
+        wrapped: Any = Client(client)
+        super().handle(listener, wrapped, addr)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> bool:
-        if req.version >= (1, 1) and not any(name == "HOST" for name, _ in req.headers):
+        names = [name for name, _ in req.headers]
+        if "TRANSFER-ENCODING" in names:
+            raise InvalidHeader("TRANSFER-ENCODING: a body comes with a Content-Length", req=req)
+        if "HOST" not in names and req.version >= (1, 1):
             raise InvalidHeader("HOST is missing", req=req)  # RFC 9112, section 3.2
-        sock.left = MAX_REQUEST
-        self.requests.add(req)
-        try:
-            try:
-                super().handle_request(listener_name, req, sock, addr)
-            finally:
-                self.requests.discard(req)
-            sock.flush()
-            sock.left = MAX_REST
-            while req.body.read(MAX_REST):
-                pass
-        except (ParseException, OSError):
-            raise StopIteration from None  # the answer is not being read, or the body does not end
+        sent = [value for name, value in req.headers if name == "X-REQUEST-ID"]
+        if len(sent) != 1 or not re.fullmatch(r"[ -~]{1,128}", sent[0]):
+            req.headers = [header for header in req.headers if header[0] != "X-REQUEST-ID"]
+            req.headers.append(("X-REQUEST-ID", f"{getrandbits(128):032x}"))
+        if any(name == "CONTENT-LENGTH" and int(value) > MAX_REST for name, value in req.headers):
+            req.force_close()  # an answer need not wait for what nobody reads
+        sock.expect(MAX_BODY, REQUEST_TIMEOUT)
+        is_kept = super().handle_request(listener_name, req, sock, addr)
+        sock.flush()
+        req.body.read(MAX_REST)
         if sock.deadline <= monotonic():
-            raise StopIteration
-        sock.idle.add(sock)
-        gevent.sleep(0)  # the others' turn: its next request may be here already
-        return True
+            raise StopIteration  # the body did not arrive whole: what comes next is not a head
+        sock.expect(MAX_HEAD, self.cfg.keepalive)
+        gevent.sleep(0)  # the next request may be here already, and others wait too
+        return is_kept
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
-        if not isinstance(exc, ParseException):
+        if not isinstance(exc, gevent.GreenletExit):  # gevent ends an idle client so at a stop
             super().handle_error(req, client, addr, exc)
-            return
-        self.log.warning("Invalid request from %s: %s", addr[0] if addr else "a socket", exc)
-        codes = {LimitRequestLine: HTTPStatus.REQUEST_URI_TOO_LONG, LimitRequestHeaders: HTTPStatus(431)}
-        status = codes.get(type(exc), HTTPStatus.BAD_REQUEST)
-        problem = {"type": "about:blank", "title": status.phrase, "status": status, "detail": str(exc)}
-        body = orjson.dumps(problem)
-        head = f"HTTP/1.1 {status} {status.phrase}\r\nContent-Type: application/problem+json\r\nConnection: close\r\n"
-        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        """Answer what is in progress, and the next request of each kept connection, as the last one there."""
-        super().handle_exit(sig, frame)
-        gevent.spawn(self.end_requests)  # not at once, where the signal may come after an answer said otherwise
-        gevent.spawn_later(LAST_REQUEST_TIMEOUT, self.hang_up)
-
-    def end_requests(self) -> None:
-        for request in self.requests:
-            request.force_close()
-
-    def hang_up(self) -> None:
-        """Close the kept connections that sent no last request, now and again until the worker ends."""
-        for client in Client.idle:
-            client.hang_up()
-        gevent.spawn_later(LAST_REQUEST_TIMEOUT, self.hang_up)

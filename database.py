@@ -1,128 +1,170 @@
-"""How a statement runs on PostgreSQL: its turn, its connection, its retry. It knows no carts and no Flask.
+"""How a statement runs on PostgreSQL: its place in the queue, its connection, its timeouts. It knows no carts.
 
-A statement is one round trip in autocommit, atomic by itself, compiled once and prepared on each connection: an ORM
-session costs three to four times as much.
+A statement is one round trip in autocommit, atomic by itself, and prepared on each connection. An ORM session costs
+three to four times as much, and SQLAlchemy's pool a tenth of a request.
 """
 
+import select
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
-from functools import partial
-from typing import Any
+from contextlib import closing, suppress
+from itertools import cycle
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import gevent.lock
+import gevent.monkey
+import gevent.socket
 import psycopg2.errors
 import psycopg2.extensions
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 import settings
-from connections import ON_GEVENT, TRY_TIMEOUT, LateError, connect, replace_closed, wait
 
-STATEMENT_TIMEOUT, COMMAND_TIMEOUT = 2, 30  # seconds
-USER_TURNS = 2  # how many connections of a process the requests of one user hold at most
-LOAD_TRIES = 10
+QUEUE_TIMEOUT = 2  # seconds that a request waits for a connection
+STATEMENT_TIMEOUT = 2  # seconds after which the server ends a statement
+SILENCE_TIMEOUT = 3  # seconds after which a server that does not answer is given up
+CONNECT_TIMEOUT = 3  # seconds in which one of the hosts must let the service in
+USER_LIMIT = 2  # connections of a process that the requests of one user hold at most
+
+# A peer that died is noticed within a second of sending to it, and within 45 seconds of silence.
+KEEPALIVES = {"tcp_user_timeout": 1000, "keepalives_idle": 30, "keepalives_interval": 5, "keepalives_count": 3}
+
 # What the service depends on, and a role or a database may have set otherwise. Without row_security a policy that
 # hides lines from the role is an error, not a smaller cart.
-SET_UP = f"""
-    SET statement_timeout = '{STATEMENT_TIMEOUT}s'; SET lock_timeout = 0; SET row_security = off;
-    SET default_transaction_isolation = 'read committed';
-    SELECT pg_backend_pid()
-"""
-MAINTENANCE = """
-    SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = 0; SET LOCAL row_security = off;
-"""
-LIST_HOLDERS = """
-    SELECT pid, usename, application_name FROM pg_stat_activity
-    WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < now() - interval '1 second'
-    ORDER BY xact_start LIMIT 3
-"""
-# "Cached plan must not change result type", and "cannot execute ... in a read-only transaction".
-UNFIT = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)
+SESSION = "SET lock_timeout = 0; SET row_security = off; SET default_transaction_isolation = 'read committed'"
+
+# "cached plan must not change result type" and "cannot execute ... in a read-only transaction".
+OUTDATED = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)
+
+# Under gunicorn, gevent replaces what blocks. Without it, as under `flask run`, psycopg2 blocks the request's thread.
+ON_GEVENT = gevent.monkey.is_module_patched("select")
+Semaphore: Any = gevent.lock.BoundedSemaphore if ON_GEVENT else threading.BoundedSemaphore
+blocking_poll = gevent.monkey.get_original("select", "poll")
 
 
-Turns = gevent.lock.BoundedSemaphore if ON_GEVENT else threading.BoundedSemaphore
+class BusyError(psycopg2.OperationalError):
+    """No connection became free in time."""
+
+
+class SilentError(psycopg2.OperationalError):
+    """The server did not answer in time. psycopg2 has closed the connection."""
 
 
 class Statement:
-    """A statement, and whether running it twice is as good as once."""
+    """A statement as text, and in the form of PREPARE and EXECUTE. Values are bound by name."""
 
-    def __init__(self, name: str, expression: sa.ClauseElement, repeatable: bool = False) -> None:
-        numbered: Any = self.compile(expression, "numeric_dollar")
-        values = ", ".join(f"%({parameter})s" for parameter in numbered.positiontup or [])
-        self.prepare = f"PREPARE {name} AS {numbered}"
+    def __init__(self, name: str, expression: sa.ClauseElement) -> None:
+        dialect = postgresql.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]
+        compiled: Any = expression.compile(dialect=dialect)
+        numbers = {parameter: f"${number}" for number, parameter in enumerate(compiled.params, 1)}
+        values = ", ".join(f"%({parameter})s" for parameter in numbers)
+        self.text = str(compiled)
+        self.prepare = f"PREPARE {name} AS {self.text % numbers}"
         self.execute = f"EXECUTE {name} ({values})" if values else f"EXECUTE {name}"
-        self.text = str(self.compile(expression, "pyformat"))
-        self.repeatable = repeatable
 
-    @staticmethod
-    def compile(expression: sa.ClauseElement, paramstyle: str) -> Any:
-        dialect = postgresql.dialect(paramstyle=paramstyle)  # type: ignore[no-untyped-call]
-        return expression.compile(dialect=dialect)
+
+class Link(NamedTuple):
+    """A connection in autocommit."""
+
+    connection: Any
+    pid: int | None  # the server's process; None behind a pooler
+    poll: Any  # tells whether there is something to read
 
 
 class Database:
-    """Runs statements on the connections of an engine, first come, first served."""
+    """Runs statements on connections that it keeps, first come, first served."""
 
-    def __init__(self, engine: sa.Engine, *statements: Statement) -> None:
-        self.engine = engine
+    def __init__(self, *statements: Statement) -> None:
         self.prepare = "; ".join(statement.prepare for statement in statements)
-        self.turns = Turns(settings.POOL_SIZE)
-        self.user_turns: WeakValueDictionary[str, Any] = WeakValueDictionary()
-        sa.event.listen(engine, "connect", self.set_up)
-        sa.event.listen(engine, "checkout", replace_closed)
-
-    def set_up(self, connection: Any, record: Any) -> None:
-        """Set what each connection needs, and prepare the statements."""
-        with connection.cursor() as cursor:
-            cursor.execute(SET_UP)
-            [(pid,)] = cursor.fetchall()
-            # A pooler, such as PgBouncer, makes up a pid. Each statement may go to another server there, which knows
-            # of no PREPARE: they are sent as text.
-            record.info["pid"] = pid if pid == connection.info.backend_pid else None
-            if record.info["pid"]:
-                cursor.execute(self.prepare)
+        self.semaphore = Semaphore(settings.POOL_SIZE)
+        self.user_semaphores: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        self.idle: list[Link] = []
 
     def run(self, statement: Statement, user_id: str = "", **values: object) -> list[Any]:
         """Run a statement for a user, committed by the time this returns, and return its rows.
 
-        Where the connection turns out to be dead, out of date or to a server that only reads, the statement is tried
-        once more on a new one, if the first try cannot have changed anything.
-
         :raise psycopg2.Error: the database refused the statement, failed, or did not answer in time
-        :raise sqlalchemy.exc.SQLAlchemyError: no connection could be had
         """
         values["user_id"] = user_id
+        deadline = time.monotonic() + QUEUE_TIMEOUT
+        user_semaphore = self.user_semaphores.setdefault(user_id, Semaphore(USER_LIMIT))
+        if not user_semaphore.acquire(timeout=QUEUE_TIMEOUT):
+            raise BusyError("other requests of the user hold their connections for long")
         try:
-            return self.attempt(statement, values)
-        except psycopg2.Error as error:
-            is_lost = error.pgcode is None or isinstance(error, psycopg2.errors.AdminShutdown)
-            if not isinstance(error, UNFIT) and not (statement.repeatable and is_lost):
-                raise
-        return self.attempt(statement, values)
-
-    def attempt(self, statement: Statement, values: dict[str, Any]) -> list[Any]:
-        """Run a statement on the next connection. One that fails is given up, with all that are as old."""
-        with (
-            gevent.Timeout(TRY_TIMEOUT if ON_GEVENT else None, LateError("no answer from the database in time")),
-            self.user_turns.setdefault(values["user_id"], Turns(USER_TURNS)),
-            self.turns,
-            closing(self.engine.raw_connection()) as connection,
-        ):
-            pool, cursor = self.engine.pool, connection.cursor()
+            if not self.semaphore.acquire(timeout=max(0, deadline - time.monotonic())):
+                raise BusyError("other requests hold all connections for long")
             try:
-                cursor.execute(statement.execute if connection.info["pid"] else statement.text, values)
-                return list(cursor.fetchall())
-            except psycopg2.Error as error:
-                if isinstance(error, LateError) and connection.info["pid"]:
-                    gevent.spawn(cancel, connection.info["pid"])
-                if connection.closed or isinstance(error, UNFIT):
-                    connection.invalidate()
-                    if self.engine.pool is pool:  # the first to notice
-                        self.engine.dispose()
-                raise
+                return self.run_on(self.take(), statement, values)
+            finally:
+                self.semaphore.release()
+        finally:
+            user_semaphore.release()
+
+    def take(self) -> Link:
+        """Return an idle connection that the server has not closed, or a new one."""
+        while True:
+            try:
+                link = self.idle.pop()
+            except IndexError:
+                return self.open()
+            if not link.poll.poll(0):  # to an idle client a server says only that it closes the connection
+                return link
+            link.connection.close()
+
+    def open(self) -> Link:
+        """Return a new connection, with the statements prepared if it is to PostgreSQL itself."""
+        connection = connect()
+        pid = connection.info.backend_pid if is_direct(connection) else None
+        with connection.cursor() as cursor:
+            cursor.execute(f"{SESSION}; SET statement_timeout = '{STATEMENT_TIMEOUT}s'; {self.prepare if pid else ''}")
+        poll = blocking_poll()
+        poll.register(connection, select.POLLIN)
+        return Link(connection, pid, poll)
+
+    def run_on(self, link: Link, statement: Statement, values: dict[str, Any]) -> list[Any]:
+        """Run a statement on a connection, and keep the connection unless it turns out to be unfit."""
+        try:
+            with link.connection.cursor() as cursor:
+                cursor.execute(statement.execute if link.pid else statement.text, values)
+                rows: list[Any] = cursor.fetchall()
+        except psycopg2.Error as error:
+            if isinstance(error, SilentError) and link.pid:
+                gevent.spawn(cancel, link.pid)
+            if link.connection.closed or isinstance(error, OUTDATED):
+                unfit, self.idle = [link, *self.idle], []  # what is idle is as old
+                for one in unfit:
+                    one.connection.close()
+            else:
+                self.idle.append(link)
+            raise
+        self.idle.append(link)
+        return rows
+
+
+def run_command(sql: str, *values: object) -> list[Any]:
+    """Run SQL of a command of the service, on a connection of its own and however long it takes; return its rows.
+
+    :raise psycopg2.Error: the database refused it or failed
+    """
+    with closing(connect()) as connection, connection.cursor() as cursor:
+        if is_direct(connection):  # a pooler would hand a connection that has these settings to the service
+            cursor.execute(f"{SESSION}; SET statement_timeout = 0")
+        cursor.execute(sql, values or None)
+        return cursor.fetchall() if cursor.description else []
+
+
+def is_direct(connection: Any) -> bool:
+    """Tell whether a connection is to PostgreSQL itself.
+
+    A pooler, such as PgBouncer, tells an invented process id. There each statement may go to another server's
+    connection, which does not know what was prepared or set before.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        return bool(cursor.fetchone() == (connection.info.backend_pid,))
 
 
 def cancel(pid: int) -> None:
@@ -130,51 +172,62 @@ def cancel(pid: int) -> None:
 
     psycopg2's own `cancel` has the whole process wait for the server.
     """
-    with (
-        suppress(psycopg2.Error),
-        gevent.Timeout(TRY_TIMEOUT, LateError()),
-        closing(connect()) as connection,
-    ):
-        connection.cursor().execute("SELECT pg_cancel_backend(%s)", (pid,))
+    with suppress(psycopg2.Error), closing(connect()) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT pg_cancel_backend(%s)", (pid,))
 
 
-@contextmanager
-def maintenance() -> Iterator[Callable[..., list[Any]]]:
-    """Give a function that runs SQL in a transaction of its own and returns the rows of its last statement.
+def connect() -> Any:
+    """Return a new connection, in autocommit, to the first host that lets the service in.
 
-    :raise psycopg2.Error: the database refused it, failed, or was silent for 30 seconds
+    :raise psycopg2.OperationalError: none does, or the database is not in UTF-8
     """
-
-    def execute(sql: str, *values: object) -> list[Any]:
-        with connection.cursor() as cursor:
-            cursor.execute(MAINTENANCE + sql, values or None)  # what is sent at once is a transaction
-            return list(cursor.fetchall()) if cursor.description else []
-
-    psycopg2.extensions.set_wait_callback(partial(wait, timeout=COMMAND_TIMEOUT))
-    try:
-        with closing(connect()) as connection:
-            connection.autocommit = True
-            yield execute
-    finally:
-        psycopg2.extensions.set_wait_callback(wait)
+    parameters = {**KEEPALIVES, "connect_timeout": CONNECT_TIMEOUT, **settings.DATABASE, "client_encoding": "utf8"}
+    is_libpq_enough = not ON_GEVENT or "hostaddr" in parameters
+    connection = psycopg2.connect(**parameters) if is_libpq_enough else connect_with_gevent(parameters)
+    connection.autocommit = True
+    if (encoding := connection.info.parameter_status("server_encoding")) != "UTF8":
+        connection.close()
+        raise psycopg2.OperationalError(f"the database is in {encoding}, and must be in UTF8")
+    return connection
 
 
-def load(schema: str) -> None:
-    """Load a schema. It waits for locks a second at a time: the statements that queue behind it wait no longer.
+def connect_with_gevent(parameters: dict[str, Any]) -> Any:
+    """Try the hosts and their addresses in turn, each for its share of the time.
 
-    :raise psycopg2.errors.LockNotAvailable: others hold a lock for long; the text says who may
-    :raise psycopg2.Error: the database refused it, failed, or was silent for 30 seconds
+    libpq would have all greenlets wait for a name server, and would stay with a host that accepts and is silent.
     """
-    # The first lock is for two of these at once.
-    sql = f"SET LOCAL lock_timeout = '1s'; SELECT pg_advisory_xact_lock(0); {schema}"
-    holders: list[Any] = []
-    with maintenance() as execute:
-        for _ in range(LOAD_TRIES):
-            try:
-                execute(sql)
-                return
-            except psycopg2.errors.LockNotAvailable:
-                holders = execute(LIST_HOLDERS)
-                time.sleep(0.5)
-    held = "; ".join(f"process {pid} of {user} ({name or 'unnamed'})" for pid, user, name in holders)
-    raise psycopg2.errors.LockNotAvailable(f"what it needs is locked, perhaps by {held}")
+    hosts, ports = (parameters.get(name, "").split(",") for name in ("host", "port"))
+    share = CONNECT_TIMEOUT / 2 / len(hosts)
+    servers = [(host, port, address) for host, port in zip(hosts, cycle(ports)) for address in look_up(host, share)]
+    failures = [] if servers else [f"no address is known for {', '.join(hosts)}"]
+    for host, port, address in servers:
+        server = {"host": host, "port": port, "hostaddr": address}
+        try:
+            with gevent.Timeout(CONNECT_TIMEOUT / 2 / len(servers), SilentError("no answer in time")):
+                return psycopg2.connect(**{**parameters, **server})
+        except psycopg2.OperationalError as error:
+            failures.append(f"{host or 'the local socket'}: {error}")
+    raise psycopg2.OperationalError("; ".join(failures))
+
+
+def look_up(host: str, timeout: float) -> list[str]:
+    """Return the addresses of a host: none if it is unknown, and an empty one for the folder of a socket."""
+    if not host or host.startswith("/"):
+        return [""]
+    with suppress(OSError), gevent.Timeout(timeout, OSError()):
+        return [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    return []
+
+
+def wait(connection: Any) -> None:
+    """Let other greenlets run until the server has answered: psycopg2's wait callback.
+
+    :raise SilentError: it did not answer in time
+    """
+    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
+        wait_for = gevent.socket.wait_read if state == psycopg2.extensions.POLL_READ else gevent.socket.wait_write
+        wait_for(connection.fileno(), SILENCE_TIMEOUT, SilentError("no answer from the database in time"))
+
+
+if ON_GEVENT:
+    psycopg2.extensions.set_wait_callback(wait)

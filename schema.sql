@@ -1,5 +1,11 @@
 -- The carts, and all that PostgreSQL keeps of them. Loading it again changes nothing; over the schema of an
--- older version it is the upgrade.
+-- older version it is the upgrade. It is one transaction, and waits for each lock one second at most, so that requests
+-- behind it do not wait for long.
+
+BEGIN ISOLATION LEVEL READ COMMITTED;
+SET LOCAL lock_timeout = '1s';
+SET LOCAL statement_timeout = 0;
+DO $$ BEGIN PERFORM pg_advisory_xact_lock(0); END $$; -- two of these at once would create the same things
 
 -- COLLATE "C" compares and orders by code point, whatever the database's locale is.
 CREATE TABLE IF NOT EXISTS cart_items (
@@ -31,18 +37,18 @@ CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (crea
 -- Each function that writes to a cart first takes the lock of its user. So no two of them wait for each other, each
 -- sees all or nothing of another, and what a function has read stays true until it ends.
 
--- Makes changes of a cart in the order of the list, and returns each line's new total in that order. Where one
--- cannot be made none is: the error's DETAIL is its place in the list.
---   numeric_value_out_of_range  the line's total would be above the largest integer
---   program_limit_exceeded      the line would be a new one in a cart of `max_lines` lines
---   unique_violation            the key was used with another request
+-- Makes changes of a cart in the order of the list, and returns each line's new total in that order. If one cannot be
+-- made none is: the error's DETAIL is its place in the list. cart.py answers these errors by their SQLSTATE:
+--   numeric_value_out_of_range  22003  the line's total would be above the largest integer
+--   program_limit_exceeded      54000  the line would be a new one in a cart of `max_lines` lines
+--   unique_violation            23505  the key was used with another request
 -- With a key (not NULL) the list counts once in 24 hours; later calls return what the first one did.
 CREATE OR REPLACE FUNCTION change_cart(
     of_user text, product_ids text[], changes integer[], max_lines integer, with_key text, for_request bytea
 ) RETURNS integer[] LANGUAGE plpgsql AS $$
 DECLARE
-    lines integer; -- how many the cart has, NULL until they are counted
-    before integer; -- the line's quantity, NULL where there is none
+    lines integer; -- how many the cart has; NULL if they are not counted yet
+    before integer; -- the line's quantity; NULL if there is no line
     total bigint; -- its quantity after the change
     totals integer[] = '{}';
     known idempotency_keys;
@@ -66,10 +72,13 @@ BEGIN
             RAISE numeric_value_out_of_range USING DETAIL = place;
         ELSIF total = 0 THEN
             DELETE FROM cart_items WHERE user_id = of_user AND product_id = product_ids[place];
-            lines = lines - (before IS NOT NULL)::integer;
+            lines = NULL;
         ELSE
             IF before IS NULL THEN
-                lines = coalesce(lines, (SELECT count(*) FROM cart_items WHERE user_id = of_user)) + 1;
+                IF lines IS NULL THEN
+                    SELECT count(*) INTO lines FROM cart_items WHERE user_id = of_user;
+                END IF;
+                lines = lines + 1;
                 IF lines > max_lines THEN
                     RAISE program_limit_exceeded USING DETAIL = place;
                 END IF;
@@ -90,7 +99,7 @@ BEGIN
 END
 $$;
 
--- Removes a product's line, or all lines of the cart where no product is named (NULL); returns whether there were any.
+-- Removes a product's line, or all lines of the cart if no product is named (NULL); returns whether there were any.
 CREATE OR REPLACE FUNCTION empty_cart(of_user text, of_product text) RETURNS boolean LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtextextended(of_user, 0));
@@ -99,46 +108,42 @@ BEGIN
 END
 $$;
 
--- Removes a cart that nobody changed for a number of days; returns whether it did. It leaves a cart that is in use
--- at the moment for the next time.
-CREATE OR REPLACE FUNCTION expire_cart(of_user text, days integer) RETURNS boolean LANGUAGE plpgsql AS $$
-BEGIN
-    IF NOT pg_try_advisory_xact_lock(hashtextextended(of_user, 0)) THEN
-        RETURN false;
-    END IF;
-    PERFORM FROM cart_items WHERE user_id = of_user FOR UPDATE NOWAIT;
-    DELETE FROM cart_items WHERE user_id = of_user AND NOT EXISTS (
-        SELECT FROM cart_items AS line
-        WHERE line.user_id = of_user AND line.updated_at >= now() - make_interval(days => days)
-    );
-    RETURN FOUND;
-EXCEPTION WHEN lock_not_available THEN
-    RETURN false;
-END
-$$;
-
--- Removes keys that count no longer, the oldest first, some in one call; returns how many. It leaves keys that are
--- locked for the next time.
-CREATE OR REPLACE FUNCTION sweep_keys() RETURNS integer LANGUAGE plpgsql AS $$
+-- Removes the carts that nobody changed for a number of days, each in a transaction of its own, then the keys that
+-- count no longer; returns how many of both. It leaves a cart that is in use at the moment for the next call.
+-- A crash may bring back what it removed last (synchronous_commit), and the next call removes it again.
+CREATE OR REPLACE PROCEDURE expire(days integer, INOUT carts bigint DEFAULT 0, INOUT keys bigint DEFAULT 0)
+LANGUAGE plpgsql AS $$
 DECLARE
-    old idempotency_keys;
-    removed integer = 0;
+    of_user text;
+    free_lines bigint;
 BEGIN
-    FOR old IN
-        SELECT * FROM idempotency_keys WHERE created_at <= now() - interval '24 hours' ORDER BY created_at LIMIT 500
+    FOR of_user IN
+        SELECT user_id FROM cart_items GROUP BY user_id HAVING max(updated_at) < now() - make_interval(days => days)
     LOOP
-        PERFORM FROM idempotency_keys WHERE user_id = old.user_id AND key = old.key
-        AND created_at = old.created_at FOR UPDATE SKIP LOCKED;
+        SET LOCAL synchronous_commit = off;
+        -- The lock is taken together with the lines', so that Citus takes it on the machine that has them.
+        SELECT count(*) INTO free_lines FROM (
+            SELECT pg_try_advisory_xact_lock(hashtextextended(of_user, 0)) AS is_free
+            FROM cart_items WHERE user_id = of_user FOR UPDATE SKIP LOCKED
+        ) AS line WHERE is_free;
+        DELETE FROM cart_items WHERE user_id = of_user
+        AND free_lines = (SELECT count(*) FROM cart_items AS line WHERE line.user_id = of_user)
+        AND NOT EXISTS (
+            SELECT FROM cart_items AS line
+            WHERE line.user_id = of_user AND line.updated_at >= now() - make_interval(days => days)
+        );
         IF FOUND THEN
-            DELETE FROM idempotency_keys WHERE user_id = old.user_id AND key = old.key;
-            removed = removed + 1;
+            carts = carts + 1;
         END IF;
+        COMMIT;
     END LOOP;
-    RETURN removed;
+    SET LOCAL synchronous_commit = off;
+    DELETE FROM idempotency_keys WHERE created_at <= now() - interval '24 hours';
+    GET DIAGNOSTICS keys = ROW_COUNT;
 END
 $$;
 
--- Changes nothing, but fails where the service cannot change the carts: a table, a function or a right is missing,
+-- Changes nothing, but fails if the service cannot change the carts: a table, a function or a right is missing,
 -- or the server only reads. No cart has the empty user.
 CREATE OR REPLACE FUNCTION check_carts() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
@@ -151,7 +156,7 @@ BEGIN
 END
 $$;
 
--- Where Citus is installed, the tables are spread over its machines by user, a user's rows side by side, and a
+-- If Citus is installed, the tables are spread over its machines by user, a user's rows side by side, and a
 -- function about one user runs on the machine that has the rows. So its lock is one for all machines.
 DO $$
 DECLARE
@@ -163,10 +168,12 @@ BEGIN
             PERFORM create_distributed_table('idempotency_keys', 'user_id', colocate_with => 'cart_items');
         END IF;
         FOR about_one_user IN
-            SELECT oid FROM pg_proc WHERE proname IN ('change_cart', 'empty_cart', 'expire_cart')
+            SELECT oid FROM pg_proc WHERE proname IN ('change_cart', 'empty_cart')
         LOOP
             PERFORM create_distributed_function(about_one_user, 'of_user', colocate_with => 'cart_items');
         END LOOP;
     END IF;
 END
 $$;
+
+COMMIT;

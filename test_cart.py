@@ -27,7 +27,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from werkzeug.test import TestResponse
 
 import cart
-import connections
 import database
 import settings
 import tokens
@@ -48,16 +47,21 @@ def totals(response: Any) -> list[tuple[str, int]]:
     return [(line["product_id"], line["quantity"]) for line in response.get_json()]
 
 
+def close_connections() -> None:
+    while cart.database.idle:
+        cart.database.idle.pop().connection.close()
+
+
 @contextlib.contextmanager
 def connected(monkeypatch: pytest.MonkeyPatch, **parameters: str) -> Iterator[None]:
     """Have the service connect anew, with other parameters."""
     try:
         with monkeypatch.context() as patched:
             patched.setattr(settings, "DATABASE", {**settings.DATABASE, **parameters})
-            cart.database.engine.dispose()
+            close_connections()
             yield
     finally:
-        cart.database.engine.dispose()
+        close_connections()
 
 
 @contextlib.contextmanager
