@@ -116,6 +116,11 @@ decoder = msgspec.json.Decoder(Change | ChangeList)
 
 # Errors
 
+UNAVAILABLE = "The carts are not available at the moment."
+UNKNOWN = (
+    "It is not known whether the change was made. A request with an Idempotency-Key counts once: it is safe to repeat."
+)
+
 
 @app.errorhandler(HTTPException)
 def problem(error: HTTPException) -> Response:
@@ -129,10 +134,8 @@ def problem(error: HTTPException) -> Response:
 def unavailable(error: psycopg2.Error) -> Response:
     """Answer a failure of the database with 503, and leave what the database said to the log."""
     app.logger.error("database: %r", error)
-    detail = "The carts are not available at the moment. Try again."
-    if request.method in ("POST", "DELETE"):
-        detail += " It is not known whether the change was made: only with an Idempotency-Key is it safe to repeat it."
-    return problem(ServiceUnavailable(detail, retry_after=1))
+    is_change = request.method in ("POST", "DELETE")
+    return problem(ServiceUnavailable(f"{UNAVAILABLE} {UNKNOWN if is_change else 'Try again.'}", retry_after=1))
 
 
 # The id of a request, which gunicorn's worker makes if the caller sent none: in the answer and in the logs

