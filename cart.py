@@ -223,7 +223,7 @@ def parse_body() -> Any:
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        return decoder.decode(request.get_data())
+        return decoder.decode(request.get_data(cache=False))
     except RequestEntityTooLarge:
         abort(413, f"The body must be at most {MAX_BODY} bytes.")
     except ClientDisconnected:

@@ -53,7 +53,7 @@ class Client:
             return b""
         try:
             self.socket.settimeout(seconds_left)
-            data: bytes = self.socket.recv(size)
+            data: bytes = self.socket.recv(min(size, MAX_PART))
         except OSError:  # a timeout, or the client is gone
             return b""
         self.bytes_left -= len(data)

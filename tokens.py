@@ -12,10 +12,12 @@ import jwt
 import settings
 
 LEEWAY = 30  # seconds by which an issuer's clock may be ahead
-# Seconds: how long a request waits for the issuer's keys, how old they get before they are fetched again and before
-# they count no longer, and how soon after a try the next one may be.
-FETCH_TIMEOUT, REFRESH, KEEP, COOLDOWN = 0.9, 300, 3600, 10
-MAX_KEYS = 1024 * 1024  # bytes of the list
+FETCH_TIMEOUT = 5  # seconds for the issuer to send anything
+WAIT_TIMEOUT = 0.9  # seconds that a request waits for a fetch of the issuer's keys
+COOLDOWN = 10  # seconds from one fetch to the next, if a key is not known
+REFRESH = 300  # seconds from one fetch to the next, if all keys are known
+KEEP = 3600  # seconds that the keys count if no fetch succeeds
+MAX_KEYS = 1024 * 1024  # bytes of the list of keys
 REASONS: dict[type, str] = {jwt.ExpiredSignatureError: "expired", jwt.ImmatureSignatureError: "not valid yet"}
 
 
@@ -28,7 +30,7 @@ class KeysUnavailable(Exception):
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Fails where the issuer's address sends elsewhere: only that address is trusted."""
+    """Fails if the issuer's address redirects: only that address is trusted."""
 
     def redirect_request(self, *_: object) -> None:
         return None
@@ -39,41 +41,40 @@ class IssuerKeys:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.known: dict[str | None, jwt.PyJWK] = {}
-        self.tried = self.fetched = -math.inf
-        self.fetch_ended = threading.Event()
+        self.keys: dict[str | None, jwt.PyJWK] = {}
+        self.keys_time = -math.inf  # when the fetch that brought them began
+        self.fetch_time = -math.inf  # when the last fetch began
+        self.fetch_thread = threading.Thread()
 
     def find(self, key_id: str | None) -> jwt.PyJWK:
         """Return the key with an id.
 
         :raise InvalidToken: the issuer has no such key
-        :raise KeysUnavailable: the issuer does not answer in time
+        :raise KeysUnavailable: the issuer does not tell its keys in time
         """
         now = time.monotonic()
-        is_known = key_id in self.known and now - self.fetched < KEEP
-        if now - self.tried > (REFRESH if is_known else COOLDOWN):
-            self.tried = now
-            self.fetch_ended.clear()
-            threading.Thread(target=self.fetch, daemon=True).start()
+        is_known = key_id in self.keys and now - self.keys_time < KEEP
+        if now - self.fetch_time > (REFRESH if is_known else COOLDOWN):
+            self.fetch_time = now
+            self.fetch_thread = threading.Thread(target=self.fetch, args=(now,), daemon=True)
+            self.fetch_thread.start()
         if not is_known:
-            self.fetch_ended.wait(FETCH_TIMEOUT)
-            if self.fetched < self.tried:
+            self.fetch_thread.join(WAIT_TIMEOUT)
+            if self.keys_time < self.fetch_time:
                 raise KeysUnavailable
-            if key_id not in self.known:
+            if key_id not in self.keys:
                 raise InvalidToken("The token is signed with a key that its issuer does not publish.")
-        return self.known[key_id]
+        return self.keys[key_id]
 
-    def fetch(self) -> None:
-        """Fetch the keys; leave those that are known where it fails."""
+    def fetch(self, now: float) -> None:
+        """Fetch the keys. If that fails, those that are known stay."""
         try:
-            with urllib.request.build_opener(NoRedirect).open(self.url, timeout=5) as answer:
+            with urllib.request.build_opener(NoRedirect).open(self.url, timeout=FETCH_TIMEOUT) as answer:
                 published = jwt.PyJWKSet.from_json(answer.read(MAX_KEYS).decode()).keys
-            self.known = {key.key_id: key for key in published if key.public_key_use in (None, "sig")}
-            self.fetched = time.monotonic()
+            self.keys = {key.key_id: key for key in published if key.public_key_use in (None, "sig")}
+            self.keys_time = now
         except Exception as error:  # the network, the server and its answer have their own ways to fail
             logging.getLogger(__name__).warning("the issuer's keys: %r", error)
-        finally:
-            self.fetch_ended.set()
 
 
 issuer = None if settings.JWT_JWKS_URL is None else IssuerKeys(settings.JWT_JWKS_URL)
