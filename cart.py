@@ -30,20 +30,20 @@ from flask_swagger_ui import get_swaggerui_blueprint
 from msgspec import Meta
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge, ServiceUnavailable
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, ServiceUnavailable
 
 import settings
 import tokens
 from database import Database, Statement, connect, run_command
 
 MAX_LINES = 500
-MAX_BODY = 1024 * 1024  # bytes; 500 lines with the longest ids have about 530,000 as they are, 1,500,000 if escaped
+MAX_BODY = 1024 * 1024  # bytes; 500 lines with the longest ids need half of it if no character is escaped
 
 
 # The app
 
 app = Flask(__name__, static_folder=None)
-app.url_map.merge_slashes = False  # a path with an empty id is not found, and leads nowhere else
+app.url_map.merge_slashes = False  # a path with an empty id is not found, and redirects nowhere
 app.config.update(
     MAX_CONTENT_LENGTH=MAX_BODY,
     # For `flask shell`. Requests use the connections of database.py.
@@ -111,14 +111,14 @@ class Change(msgspec.Struct):
 
 
 ChangeList = Annotated[list[Change], Meta(min_length=1, max_length=MAX_LINES)]
-decoder = msgspec.json.Decoder(Change | ChangeList)
+body_decoder = msgspec.json.Decoder(Change | ChangeList)
 
 
 # Errors
 
 UNAVAILABLE = "The carts are not available at the moment."
 UNKNOWN = (
-    "It is not known whether the change was made. A request with an Idempotency-Key counts once: it is safe to repeat."
+    "It is not known whether the change was made. A DELETE, and a POST with an Idempotency-Key, are safe to repeat."
 )
 
 
@@ -149,11 +149,13 @@ def add_request_id(response: Response) -> Response:
     return response
 
 
-@app.logger.addFilter
 def log_request_id(record: LogRecord) -> bool:
-    """Put the request's id on its lines of the log."""
+    """Put the request's id on its line of the log."""
     record.request_id = request.headers.get("X-Request-Id") if has_request_context() else None
     return True
+
+
+app.logger.addFilter(log_request_id)
 
 
 # The checks of a request
@@ -207,7 +209,10 @@ def parse_key() -> str | None:
     :raise BadRequest: it is not 1 to 255 characters of printable ASCII
     """
     key = request.headers.get("Idempotency-Key")
-    if key is not None and not re.fullmatch(r"[ -~]{1,255}", key := key.strip('"')):
+    if key is None:
+        return None
+    key = key.strip('"')
+    if not re.fullmatch(r"[ -~]{1,255}", key):
         abort(400, "Idempotency-Key must be 1 to 255 characters of printable ASCII.")
     return key
 
@@ -223,11 +228,12 @@ def parse_body() -> Any:
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        return decoder.decode(request.get_data(cache=False))
+        body = request.get_data(cache=False)
+        if len(body) < (request.content_length or 0):
+            abort(400, "The body did not arrive whole.")
+        return body_decoder.decode(body)
     except RequestEntityTooLarge:
         abort(413, f"The body must be at most {MAX_BODY} bytes.")
-    except ClientDisconnected:
-        abort(400, "The body did not arrive whole.")
     except msgspec.ValidationError as error:
         abort(422, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -270,6 +276,7 @@ def add_item(user_id: str) -> Response:
     is_list = isinstance(body, list)
     changes = [(change.product_id, int(change.quantity)) for change in (body if is_list else [body])]
     product_ids, quantities = map(list, zip(*changes, strict=True))
+    # The same change in other words, such as 2.0 for 2, is the same request.
     digest = hashlib.sha256(msgspec.json.encode(changes if is_list else changes[0])).digest()
     label = "Line {}: " if is_list else ""  # the error's DETAIL is the place of the change
     try:
@@ -331,7 +338,7 @@ def contract() -> Response:
 
 
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", {"app_name": "Cart"}))
-app.add_url_rule("/docs", endpoint="swagger_ui.show")  # or it would redirect to what the service takes for its address
+app.add_url_rule("/docs", endpoint="swagger_ui.show")  # or it would redirect, to the address behind a proxy
 
 
 # The commands

@@ -16,7 +16,7 @@ from gunicorn.http.errors import InvalidHeader, LimitRequestHeaders
 from gunicorn.workers.ggevent import GeventWorker
 
 MAX_HEAD = 32 * 1024  # bytes; a token has some thousand
-MAX_BODY = 2 * 1024 * 1024  # bytes; cart.py refuses less than that
+MAX_SENT = 2 * 1024 * 1024  # bytes of a body that come at all; cart.py bounds what it reads
 MAX_REST = 16 * 1024  # bytes of a body that are read for the next request's sake if nobody wanted them
 REQUEST_TIMEOUT = 10  # seconds for the head of a connection's first request, and for each body
 ANSWER_TIMEOUT = 10  # seconds for each part of an answer to be taken
@@ -79,11 +79,12 @@ class Client:
             raise BrokenPipeError(EPIPE, "the answer is not read") from error
 
     def close(self) -> None:
-        """Send what is kept, and read what is still on its way: unread, it would have the client lose the answer."""
+        """Send what is kept, then read what is still on its way: unread, it would reset the connection, and the client
+        would lose the answer."""
         with suppress(OSError, LimitRequestHeaders):
             self.flush()
             self.socket.shutdown(SHUT_WR)
-            self.expect(MAX_BODY, LINGER_TIMEOUT)
+            self.expect(MAX_SENT, LINGER_TIMEOUT)
             while self.recv(MAX_PART):
                 pass
         self.socket.close()
@@ -104,27 +105,42 @@ class Worker(GeventWorker):
         super().handle(listener, wrapped, addr)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> bool:
-        names = [name for name, _ in req.headers]
-        if "TRANSFER-ENCODING" in names:
-            raise InvalidHeader("TRANSFER-ENCODING: a body comes with a Content-Length", req=req)
-        if "HOST" not in names and req.version >= (1, 1):
-            raise InvalidHeader("HOST is missing", req=req)  # RFC 9112, section 3.2
-        sent = [value for name, value in req.headers if name == "X-REQUEST-ID"]
-        if len(sent) != 1 or not re.fullmatch(r"[ -~]{1,128}", sent[0]):
-            req.headers = [header for header in req.headers if header[0] != "X-REQUEST-ID"]
-            req.headers.append(("X-REQUEST-ID", f"{getrandbits(128):032x}"))
-        if any(name == "CONTENT-LENGTH" and int(value) > MAX_REST for name, value in req.headers):
-            req.force_close()  # an answer need not wait for what nobody reads
-        sock.expect(MAX_BODY, REQUEST_TIMEOUT)
-        is_kept = super().handle_request(listener_name, req, sock, addr)
+        self.check_head(req)
+        self.add_request_id(req)
+        sock.expect(MAX_SENT, REQUEST_TIMEOUT)
+        super().handle_request(listener_name, req, sock, addr)  # raises StopIteration if the connection shall close
         sock.flush()
         req.body.read(MAX_REST)
         if sock.deadline <= monotonic():
             raise StopIteration  # the body did not arrive whole: what comes next is not a head
         sock.expect(MAX_HEAD, self.cfg.keepalive)
-        gevent.sleep(0)  # the next request may be here already, and others wait too
-        return is_kept
+        gevent.sleep(0)  # a client that sends many requests at once must not keep others waiting
+        return True
+
+    @staticmethod
+    def check_head(req: Any) -> None:
+        """Refuse a request without a Host (RFC 9112, section 3.2) or with a body of unknown length.
+
+        One that announces a large body is the last on its connection: its answer waits for no body that nobody reads.
+
+        :raise InvalidHeader: gunicorn answers it with 400
+        """
+        headers = dict(req.headers)
+        if "HOST" not in headers and req.version >= (1, 1):
+            raise InvalidHeader("HOST is missing", req=req)
+        if "TRANSFER-ENCODING" in headers:
+            raise InvalidHeader("TRANSFER-ENCODING: a body comes with a Content-Length", req=req)
+        if int(headers.get("CONTENT-LENGTH", 0)) > MAX_REST:
+            req.force_close()
+
+    @staticmethod
+    def add_request_id(req: Any) -> None:
+        """Give the request an id, unless its X-Request-Id is up to 128 characters of printable ASCII."""
+        sent = [value for name, value in req.headers if name == "X-REQUEST-ID"]
+        if len(sent) != 1 or not re.fullmatch(r"[ -~]{1,128}", sent[0]):
+            req.headers = [header for header in req.headers if header[0] != "X-REQUEST-ID"]
+            req.headers.append(("X-REQUEST-ID", f"{getrandbits(128):032x}"))
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
-        if not isinstance(exc, gevent.GreenletExit):  # gevent ends an idle client so at a stop
+        if not isinstance(exc, gevent.GreenletExit):  # by which gevent ends the handlers of idle clients at a stop
             super().handle_error(req, client, addr, exc)

@@ -26,7 +26,7 @@ import settings
 QUEUE_TIMEOUT = 2  # seconds that a request waits for a connection
 STATEMENT_TIMEOUT = 2  # seconds after which the server ends a statement
 SILENCE_TIMEOUT = 3  # seconds after which a server that does not answer is given up
-CONNECT_TIMEOUT = 3  # seconds in which one of the hosts must let the service in
+CONNECT_TIMEOUT = 3  # seconds in which a connection must be ready
 USER_LIMIT = 2  # connections of a process that the requests of one user hold at most
 
 # A peer that died is noticed within a second of sending to it, and within 45 seconds of silence.
@@ -42,7 +42,7 @@ OUTDATED = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTran
 # Under gunicorn, gevent replaces what blocks. Without it, as under `flask run`, psycopg2 blocks the request's thread.
 ON_GEVENT = gevent.monkey.is_module_patched("select")
 Semaphore: Any = gevent.lock.BoundedSemaphore if ON_GEVENT else threading.BoundedSemaphore
-blocking_poll = gevent.monkey.get_original("select", "poll")
+blocking_poll = gevent.monkey.get_original("select", "poll")  # for a look that switches no greenlets
 
 
 class BusyError(psycopg2.OperationalError):
@@ -67,15 +67,15 @@ class Statement:
 
 
 class Link(NamedTuple):
-    """A connection in autocommit."""
+    """A connection that is kept."""
 
     connection: Any
-    pid: int | None  # the server's process; None behind a pooler
-    poll: Any  # tells whether there is something to read
+    pid: int | None  # the server's process, which has the statements prepared; None behind a pooler
+    poll: Any  # tells at once whether there is something to read
 
 
 class Database:
-    """Runs statements on connections that it keeps, first come, first served."""
+    """Runs statements on connections that it keeps, at most POOL_SIZE at a time."""
 
     def __init__(self, *statements: Statement) -> None:
         self.prepare = "; ".join(statement.prepare for statement in statements)
@@ -90,6 +90,7 @@ class Database:
         """
         values["user_id"] = user_id
         deadline = time.monotonic() + QUEUE_TIMEOUT
+        # A weak reference: a user's semaphore goes with the user's last request.
         user_semaphore = self.user_semaphores.setdefault(user_id, Semaphore(USER_LIMIT))
         if not user_semaphore.acquire(timeout=QUEUE_TIMEOUT):
             raise BusyError("other requests of the user hold their connections for long")
@@ -110,16 +111,18 @@ class Database:
                 link = self.idle.pop()
             except IndexError:
                 return self.open()
-            if not link.poll.poll(0):  # to an idle client a server says only that it closes the connection
+            if not link.poll.poll(0):  # what a server sends to an idle client is the end of the connection
                 return link
             link.connection.close()
 
     def open(self) -> Link:
         """Return a new connection, with the statements prepared if it is to PostgreSQL itself."""
-        connection = connect()
-        pid = connection.info.backend_pid if is_direct(connection) else None
-        with connection.cursor() as cursor:
-            cursor.execute(f"{SESSION}; SET statement_timeout = '{STATEMENT_TIMEOUT}s'; {self.prepare if pid else ''}")
+        with gevent.Timeout(CONNECT_TIMEOUT if ON_GEVENT else None, SilentError("no connection in time")):
+            connection = connect()
+            pid = connection.info.backend_pid if is_direct(connection) else None
+            if pid:
+                with connection.cursor() as cursor:
+                    cursor.execute(f"{SESSION}; SET statement_timeout = '{STATEMENT_TIMEOUT}s'; {self.prepare}")
         poll = blocking_poll()
         poll.register(connection, select.POLLIN)
         return Link(connection, pid, poll)
@@ -134,7 +137,7 @@ class Database:
             if isinstance(error, SilentError) and link.pid:
                 gevent.spawn(cancel, link.pid)
             if link.connection.closed or isinstance(error, OUTDATED):
-                unfit, self.idle = [link, *self.idle], []  # what is idle is as old
+                unfit, self.idle = [link, *self.idle], []  # after a restart or a failover the idle ones are unfit too
                 for one in unfit:
                     one.connection.close()
             else:
@@ -150,7 +153,7 @@ def run_command(sql: str, *values: object) -> list[Any]:
     :raise psycopg2.Error: the database refused it or failed
     """
     with closing(connect()) as connection, connection.cursor() as cursor:
-        if is_direct(connection):  # a pooler would hand a connection that has these settings to the service
+        if is_direct(connection):
             cursor.execute(f"{SESSION}; SET statement_timeout = 0")
         cursor.execute(sql, values or None)
         return cursor.fetchall() if cursor.description else []
@@ -159,8 +162,8 @@ def run_command(sql: str, *values: object) -> list[Any]:
 def is_direct(connection: Any) -> bool:
     """Tell whether a connection is to PostgreSQL itself.
 
-    A pooler, such as PgBouncer, tells an invented process id. There each statement may go to another server's
-    connection, which does not know what was prepared or set before.
+    A pooler, such as PgBouncer, tells an invented process id. There each statement may go to another connection of the
+    pooler's, which does not have what was prepared, and what was set on it would stay for others.
     """
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_backend_pid()")
@@ -170,20 +173,21 @@ def is_direct(connection: Any) -> bool:
 def cancel(pid: int) -> None:
     """End a statement that waits for a synchronous standby: no timeout of the server does, and it holds a place there.
 
-    psycopg2's own `cancel` has the whole process wait for the server.
+    What it changed stays changed. psycopg2's own `cancel` would have the whole process wait for the server.
     """
+    sql = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE pid = %s AND wait_event = 'SyncRep'"
     with suppress(psycopg2.Error), closing(connect()) as connection, connection.cursor() as cursor:
-        cursor.execute("SELECT pg_cancel_backend(%s)", (pid,))
+        cursor.execute(sql, (pid,))
 
 
 def connect() -> Any:
-    """Return a new connection, in autocommit, to the first host that lets the service in.
+    """Return a new connection, in autocommit, to the first host that accepts it.
 
     :raise psycopg2.OperationalError: none does, or the database is not in UTF-8
     """
     parameters = {**KEEPALIVES, "connect_timeout": CONNECT_TIMEOUT, **settings.DATABASE, "client_encoding": "utf8"}
-    is_libpq_enough = not ON_GEVENT or "hostaddr" in parameters
-    connection = psycopg2.connect(**parameters) if is_libpq_enough else connect_with_gevent(parameters)
+    is_libpq_enough = not ON_GEVENT or "host" not in parameters or "hostaddr" in parameters
+    connection = psycopg2.connect(**parameters) if is_libpq_enough else connect_in_turn(parameters)
     connection.autocommit = True
     if (encoding := connection.info.parameter_status("server_encoding")) != "UTF8":
         connection.close()
@@ -191,29 +195,32 @@ def connect() -> Any:
     return connection
 
 
-def connect_with_gevent(parameters: dict[str, Any]) -> Any:
-    """Try the hosts and their addresses in turn, each for its share of the time.
+def connect_in_turn(parameters: dict[str, Any]) -> Any:
+    """Try the hosts and their addresses in turn, each for its share of the time that is left.
 
     libpq would have all greenlets wait for a name server, and would stay with a host that accepts and is silent.
     """
-    hosts, ports = (parameters.get(name, "").split(",") for name in ("host", "port"))
-    share = CONNECT_TIMEOUT / 2 / len(hosts)
-    servers = [(host, port, address) for host, port in zip(hosts, cycle(ports)) for address in look_up(host, share)]
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    hosts, ports = parameters["host"].split(","), parameters.get("port", "").split(",")
+    servers = []
+    for place, (host, port) in enumerate(zip(hosts, cycle(ports))):
+        for address in look_up(host, (deadline - time.monotonic()) / (len(hosts) - place + 1)):
+            servers.append({"host": host, "port": port or None, "hostaddr": address})
     failures = [] if servers else [f"no address is known for {', '.join(hosts)}"]
-    for host, port, address in servers:
-        server = {"host": host, "port": port, "hostaddr": address}
+    for place, server in enumerate(servers):
+        share = (deadline - time.monotonic()) / (len(servers) - place)
         try:
-            with gevent.Timeout(CONNECT_TIMEOUT / 2 / len(servers), SilentError("no answer in time")):
+            with gevent.Timeout(share, SilentError("no answer in time")):
                 return psycopg2.connect(**{**parameters, **server})
         except psycopg2.OperationalError as error:
-            failures.append(f"{host or 'the local socket'}: {error}")
+            failures.append(f"{server['host']}: {error}")
     raise psycopg2.OperationalError("; ".join(failures))
 
 
-def look_up(host: str, timeout: float) -> list[str]:
-    """Return the addresses of a host: none if it is unknown, and an empty one for the folder of a socket."""
-    if not host or host.startswith("/"):
-        return [""]
+def look_up(host: str, timeout: float) -> list[str | None]:
+    """Return the addresses of a host: none if it is unknown, and None alone for the folder of a socket."""
+    if host.startswith("/"):
+        return [None]
     with suppress(OSError), gevent.Timeout(timeout, OSError()):
         return [str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     return []

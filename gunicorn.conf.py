@@ -7,29 +7,39 @@ monkey.patch_all()
 import gc
 import os
 import resource
+import sys
 from typing import Any
 
 import settings  # a wrong one ends the start here, before there are workers
 
 os.environ.setdefault("OTEL_EXPORTER_OTLP_TIMEOUT", "3")  # seconds that a worker that stops waits for a collector
 TRACING = any(name in os.environ for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"))
+if TRACING:
+    try:
+        import opentelemetry.instrumentation.auto_instrumentation as opentelemetry
+        from opentelemetry.instrumentation import propagators
+    except ImportError:
+        sys.exit(
+            "cart: OTEL_EXPORTER_OTLP_ENDPOINT is set, and needs `pip install opentelemetry-distro` and an exporter."
+        )
 
 workers = settings.WORKERS
 bind = "0.0.0.0:8080"
 worker_class = "clients.Worker"
 logger_class = "logs.Logger"
 preload_app = not TRACING  # the workers share what is loaded; OpenTelemetry must start in each of them
-keepalive = 75  # seconds; longer than a proxy keeps a connection, or the proxy would send into one that is closing
-graceful_timeout = 12  # seconds; a worker needs 8 at most, and then 3 for its last traces
+keepalive = 75  # seconds; a proxy must keep a connection for less (nginx: 60), or it would send into one that closes
+graceful_timeout = 12  # seconds; longer than clients.STOP_TIMEOUT, which is the workers', and their last traces
 control_socket_disable = True
 forwarded_allow_ips = ""  # no client sets SCRIPT_NAME and its like
 limit_request_line = 8190  # the longest honest one, with two ids of 255 emoji, has about 6,200 bytes
-sendfile = False  # it would pass by the part of an answer that clients.py keeps
+sendfile = False  # it would overtake the part of an answer that clients.py keeps
 
-# A connection costs little, but one file: thousands that do nothing must not keep others out.
-_, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (min(files, 65_536), files))
-worker_connections = max(1000, min(files, 65_536) - 1000)
+# A connection costs one file and 18 KiB: thousands that do nothing must not keep others out, nor fill the memory.
+_, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+files = min(hard_limit, 32_768)
+resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard_limit))
+worker_connections = max(1000, files - 1000)
 
 
 def on_starting(server: Any) -> None:
@@ -47,8 +57,6 @@ def pre_fork(server: Any, worker: Any) -> None:
 def post_fork(server: Any, worker: Any) -> None:
     """Start OpenTelemetry if its exporter is set."""
     if TRACING:
-        from opentelemetry.instrumentation.auto_instrumentation import initialize
-        from opentelemetry.instrumentation.propagators import TraceResponsePropagator, set_global_response_propagator
-
-        initialize()
-        set_global_response_propagator(TraceResponsePropagator())  # type: ignore[no-untyped-call]  # for the access log
+        opentelemetry.initialize()
+        # For the access log.
+        propagators.set_global_response_propagator(propagators.TraceResponsePropagator())  # type: ignore[no-untyped-call]

@@ -26,7 +26,7 @@ class Stream(io.TextIOBase):
         self.file = file
         mode = os.fstat(file).st_mode
         if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-            with suppress(OSError):  # opened anew, so that it does not become non-blocking for others who have it
+            with suppress(OSError):  # opened anew: it must not become non-blocking for others who have it open
                 self.file = os.open(f"/dev/fd/{file}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         self.poll = get_original("select", "poll")()
         self.poll.register(self.file, select.POLLOUT)
@@ -43,11 +43,11 @@ class Stream(io.TextIOBase):
 
 def shorten(text: str) -> str:
     """Return the start and the end of a text, as much as a line has room for."""
-    size = len(text)
-    while len(json.dumps(text)) > MAX_TEXT:
-        size = size * 3 // 4
-        text = f"{text[: size // 2]} ... {text[-size // 2 :]}"
-    return text
+    half, short = len(text), text
+    while len(json.dumps(short)) > MAX_TEXT:
+        half = half * 3 // 4
+        short = f"{text[:half]} ... {text[-half:]}"
+    return short
 
 
 def trace_id() -> str | None:

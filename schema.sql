@@ -176,4 +176,6 @@ BEGIN
 END
 $$;
 
+DO $$ BEGIN PERFORM check_carts(); END $$; -- what is loaded here works
+
 COMMIT;

@@ -75,6 +75,8 @@ def parse_database_url(value: str) -> dict[str, str]:
     scheme, _, rest = value.partition("://")
     if scheme.partition("+")[0] not in ("postgresql", "postgres"):
         raise ValueError
+    if not re.fullmatch(r"([^@/?]*@)?[^@?]*(\?.*)?", rest):
+        raise ValueError("In the password, @ is %40, / is %2F and ? is %3F.")  # libpq would take another host
     names = [name for name, _ in parse_qsl(rest.partition("?")[2], keep_blank_values=True)]
     if len(names) > len(set(names)):
         raise ValueError("A parameter is given twice.")  # libpq would take the last one

@@ -1151,7 +1151,7 @@ NOWHERE = {"host": "127.0.0.1", "port": "1"}
 LINE = {"product_id": "p", "quantity": 1}
 REFUSED: dict[str, dict[str, Any]] = {
     "not_json": {"data": b'{"product_id": "p"'},
-    "broken_off": {"data": b"{}", "environ_overrides": {"CONTENT_LENGTH": "9"}},
+    "broken_off": {"data": b"{}", "environ_overrides": {"CONTENT_LENGTH": "9", "wsgi.input_terminated": True}},
     "path_bytes": {"user_id": "%ff"},
     "query_bytes": {"query_string": "product_id=%ff"},
     "key_length": {"headers": {"Idempotency-Key": ""}},

@@ -41,12 +41,12 @@ class IssuerKeys:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.keys: dict[str | None, jwt.PyJWK] = {}
+        self.keys: dict[str | None, Any] = {}
         self.keys_time = -math.inf  # when the fetch that brought them began
         self.fetch_time = -math.inf  # when the last fetch began
         self.fetch_thread = threading.Thread()
 
-    def find(self, key_id: str | None) -> jwt.PyJWK:
+    def find(self, key_id: str | None) -> Any:
         """Return the key with an id.
 
         :raise InvalidToken: the issuer has no such key
@@ -71,7 +71,7 @@ class IssuerKeys:
         try:
             with urllib.request.build_opener(NoRedirect).open(self.url, timeout=FETCH_TIMEOUT) as answer:
                 published = jwt.PyJWKSet.from_json(answer.read(MAX_KEYS).decode()).keys
-            self.keys = {key.key_id: key for key in published if key.public_key_use in (None, "sig")}
+            self.keys = {key.key_id: key.key for key in published if key.public_key_use in (None, "sig")}
             self.keys_time = now
         except Exception as error:  # the network, the server and its answer have their own ways to fail
             logging.getLogger(__name__).warning("the issuer's keys: %r", error)
