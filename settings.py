@@ -19,11 +19,6 @@ ALGORITHMS = [name for name in jwt.algorithms.get_default_algorithms() if name !
 ORIGIN = re.compile(r"\*|https?://([A-Za-z0-9.-]+|\[[0-9a-f:]+\])(:\d+)?")
 
 
-def is_set(name: str) -> bool:
-    """Tell whether a setting is given, in the environment or in a file."""
-    return name in os.environ or f"{name}_FILE" in os.environ
-
-
 def setting(name: str, parse: Callable[[str], Any], rule: str, default: Any = None) -> Any:
     """Return what `parse` makes of a setting, or the default if it is not set.
 
@@ -132,14 +127,10 @@ WORKERS = setting("WEB_CONCURRENCY", parse_number, "a whole number above 0", 2)
 POOL_SIZE = setting("DATABASE_POOL_SIZE", parse_number, "a whole number above 0", 10)
 CORS_ORIGINS = setting("CORS_ORIGINS", parse_origins, "origins like https://shop.example, http://localhost:3000")
 JWT_JWKS_URL = setting("JWT_JWKS_URL", parse_jwks_url, "an https URL; http is for localhost")
-JWT_ALGORITHMS = setting(
-    "JWT_ALGORITHM", parse_algorithms, f"one of {', '.join(ALGORITHMS)}", ["RS256" if JWT_JWKS_URL else "HS256"]
-)
-JWT_KEY = setting(
-    "JWT_KEY",
-    lambda value: parse_key(value, JWT_ALGORITHMS[0]),
-    f"a secret or a PEM public key for JWT_ALGORITHM {JWT_ALGORITHMS[0]}",
-)
+algorithms = setting("JWT_ALGORITHM", parse_algorithms, f"one of {', '.join(ALGORITHMS)}")
+JWT_ALGORITHMS = algorithms or ["RS256" if JWT_JWKS_URL else "HS256"]
+KEY_RULE = f"a secret or a PEM public key for JWT_ALGORITHM {JWT_ALGORITHMS[0]}"
+JWT_KEY = setting("JWT_KEY", lambda value: parse_key(value, JWT_ALGORITHMS[0]), KEY_RULE)
 JWT_AUDIENCE = setting("JWT_AUDIENCE", parse_text, "a text that is not empty")
 JWT_ISSUER = setting("JWT_ISSUER", parse_text, "a text that is not empty")
 
@@ -150,12 +141,12 @@ if JWT_JWKS_URL and any(name.startswith("HS") for name in JWT_ALGORITHMS):
 if not JWT_JWKS_URL and len(JWT_ALGORITHMS) > 1:
     sys.exit("cart: JWT_ALGORITHM must be one algorithm. Several are for JWT_JWKS_URL.")
 if not JWT_JWKS_URL and not JWT_KEY:
-    for name in filter(is_set, ["JWT_ALGORITHM", "JWT_AUDIENCE", "JWT_ISSUER"]):
-        sys.exit(f"cart: {name} is for tokens, which need JWT_KEY or JWT_JWKS_URL.")
+    for name, value in [("JWT_ALGORITHM", algorithms), ("JWT_AUDIENCE", JWT_AUDIENCE), ("JWT_ISSUER", JWT_ISSUER)]:
+        if value:
+            sys.exit(f"cart: {name} is for tokens, which need JWT_KEY or JWT_JWKS_URL.")
 
 # The last one: a private PostgreSQL starts only if the rest is right.
-DATABASE = setting(
-    "DATABASE_URL", parse_database_url, "a URL that libpq accepts, like postgresql://user:password@host:port/database"
-)
+URL_RULE = "a URL that libpq accepts, like postgresql://user:password@host:port/database"
+DATABASE = setting("DATABASE_URL", parse_database_url, URL_RULE)
 if DATABASE is None:
     sys.exit("cart: DATABASE_URL is not set. Set it to postgresql://user:password@host/database, or to `private`.")
