@@ -142,8 +142,11 @@ def create(data: Path) -> None:
 
     :raise OSError: the place holds something else
     """
-    begun = data.with_name(f"{data.name}.new")
-    shutil.rmtree(begun, ignore_errors=True)
+    for left in data.parent.glob(f"{data.name}.new-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    begun = data.with_name(
+        f"{data.name}.new-{os.getpid()}"
+    )  # an initdb whose start was killed may still write to its own
     begun.mkdir(mode=0o700)
     if os.geteuid() == 0:
         owner = system_user()

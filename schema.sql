@@ -34,6 +34,11 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 );
 CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
 
+-- The next version changes a table here, so that a new database and an upgraded one are alike, and only in ways that
+-- the version before can live with. A function with other parameters comes beside the old one, which a later version
+-- drops. As an example:
+--     ALTER TABLE cart_items ADD COLUMN IF NOT EXISTS note text;
+
 -- Each function that writes to a cart first takes the lock of its user. So no two of them wait for each other, each
 -- sees all or nothing of another, and what a function has read stays true until it ends.
 

@@ -44,6 +44,7 @@ from conftest import (
     execute,
     holding,
     path,
+    run_command,
     token,
 )
 
@@ -767,6 +768,22 @@ class Cart(RuleBasedStateMachine):
 
 TestCart = Cart.TestCase
 TestCart.settings = hypothesis_settings(max_examples=10, stateful_step_count=30, deadline=None)
+
+
+# Settings
+
+
+def test_readme_lists_each_setting_and_its_default() -> None:
+    readme, source = (HERE / "README.md").read_text(), (HERE / "settings.py").read_text()
+    listed = dict(re.findall(r"^\| `([A-Z_]+)` \|.*\| *([^|]*?) *\|$", readme, re.MULTILINE))
+    code = "import settings as s; print(s.WORKERS, s.POOL_SIZE, *s.JWT_ALGORITHMS, s.CORS_ORIGINS, s.JWT_KEY)"
+    unset: dict[str, Any] = {name: None for name in listed if name != "DATABASE_URL"}
+
+    defaults = run_command("python", "-c", code, **unset).stdout.split()
+
+    assert listed.keys() == set(re.findall(r'setting\("([A-Z_]+)"', source))
+    named = [listed[name] for name in ("WEB_CONCURRENCY", "DATABASE_POOL_SIZE", "JWT_ALGORITHM")]
+    assert defaults == [named[0], named[1], named[2].split(";")[0], "None", "None"]
 
 
 # Retries
