@@ -276,8 +276,8 @@ def add_item(user_id: str) -> Response:
     is_list = isinstance(body, list)
     changes = [(change.product_id, int(change.quantity)) for change in (body if is_list else [body])]
     product_ids, quantities = map(list, zip(*changes, strict=True))
-    # The same change in other words, such as 2.0 for 2, is the same request.
-    digest = hashlib.sha256(msgspec.json.encode(changes if is_list else changes[0])).digest()
+    # A key belongs to the changes, however they were written: 2.0 is 2.
+    digest = hashlib.sha256(msgspec.json.encode(changes if is_list else changes[0])).digest() if key else None
     label = "Line {}: " if is_list else ""  # the error's DETAIL is the place of the change
     try:
         [(totals,)] = database.run(
