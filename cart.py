@@ -46,7 +46,7 @@ app = Flask(__name__, static_folder=None)
 app.url_map.merge_slashes = False  # a path with an empty id is not found, and redirects nowhere
 app.config.update(
     MAX_CONTENT_LENGTH=MAX_BODY,
-    # For `flask shell`. Requests use the connections of database.py.
+    # For `flask shell` alone: requests use the connections of database.py.
     SQLALCHEMY_DATABASE_URI="postgresql+psycopg2://",
     SQLALCHEMY_ENGINE_OPTIONS={"creator": connect},
 )
@@ -96,14 +96,14 @@ database = Database(READ_CART, CHANGE_CART, EMPTY_CART, CHECK_CARTS)
 # What a request may hold
 
 Id = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^\0]*$")]
-Integer = Annotated[float, Meta(ge=-(2**31), le=2**31 - 1, multiple_of=1)]  # a float, because 2.0 is an integer in JSON
+WholeNumber = Annotated[float, Meta(ge=-(2**31), le=2**31 - 1, multiple_of=1)]  # msgspec's int refuses 2.0
 
 
 class Change(msgspec.Struct):
     """By how much the quantity of a product changes."""
 
     product_id: Id
-    quantity: Integer
+    quantity: WholeNumber
 
     def __post_init__(self) -> None:
         if self.quantity == 0:
@@ -138,7 +138,7 @@ def unavailable(error: psycopg2.Error) -> Response:
     return problem(ServiceUnavailable(f"{UNAVAILABLE} {UNKNOWN if is_change else 'Try again.'}", retry_after=1))
 
 
-# The id of a request, which gunicorn's worker makes if the caller sent none: in the answer and in the logs
+# The id of a request, which the caller or clients.py gives it: in the answer and in the logs
 
 
 @app.after_request
@@ -229,7 +229,7 @@ def parse_body() -> Any:
         abort(415, "The body must be application/json.")
     try:
         body = request.get_data(cache=False)
-        if len(body) < (request.content_length or 0):
+        if len(body) < (request.content_length or 0):  # which Werkzeug leaves to the server, and gunicorn to the app
             abort(400, "The body did not arrive whole.")
         return body_decoder.decode(body)
     except RequestEntityTooLarge:
@@ -275,7 +275,7 @@ def add_item(user_id: str) -> Response:
     key, body = parse_key(), parse_body()
     is_list = isinstance(body, list)
     changes = [(change.product_id, int(change.quantity)) for change in (body if is_list else [body])]
-    product_ids, quantities = map(list, zip(*changes, strict=True))
+    product_ids, quantities = [product_id for product_id, _ in changes], [quantity for _, quantity in changes]
     # A key belongs to the changes, however they were written: 2.0 is 2.
     digest = hashlib.sha256(msgspec.json.encode(changes if is_list else changes[0])).digest() if key else None
     label = "Line {}: " if is_list else ""  # the error's DETAIL is the place of the change

@@ -40,23 +40,22 @@ class Client:
         """Let so many bytes come, all of them within so many seconds."""
         self.bytes_left = size
         self.deadline = monotonic() + seconds
+        self.is_late = False
 
     def recv(self, size: int) -> bytes:
-        """Return what comes next, or nothing if it does not come in time.
+        """Return what comes next, or nothing if it does not come in time. gunicorn takes nothing for the client's end.
 
-        :raise LimitRequestHeaders: too much has come
+        :raise LimitRequestHeaders: too much has come; gunicorn answers it with 431
         """
         if self.bytes_left <= 0:
             raise LimitRequestHeaders("The request is too large.")
-        seconds_left = self.deadline - monotonic()
-        if seconds_left <= 0:
-            return b""
-        try:
-            self.socket.settimeout(seconds_left)
-            data: bytes = self.socket.recv(min(size, MAX_PART))
-        except OSError:  # a timeout, or the client is gone
-            return b""
+        seconds_left, data = self.deadline - monotonic(), b""
+        with suppress(OSError):  # a timeout, or the connection was reset
+            if seconds_left > 0:
+                self.socket.settimeout(seconds_left)
+                data = self.socket.recv(min(size, MAX_PART))
         self.bytes_left -= len(data)
+        self.is_late = not data
         return data
 
     def sendall(self, data: bytes) -> None:
@@ -111,7 +110,7 @@ class Worker(GeventWorker):
         super().handle_request(listener_name, req, sock, addr)  # raises StopIteration if the connection shall close
         sock.flush()
         req.body.read(MAX_REST)
-        if sock.deadline <= monotonic():
+        if sock.is_late:
             raise StopIteration  # the body did not arrive whole: what comes next is not a head
         sock.expect(MAX_HEAD, self.cfg.keepalive)
         gevent.sleep(0)  # a client that sends many requests at once must not keep others waiting
@@ -142,5 +141,5 @@ class Worker(GeventWorker):
             req.headers.append(("X-REQUEST-ID", f"{getrandbits(128):032x}"))
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
-        if not isinstance(exc, gevent.GreenletExit):  # by which gevent ends the handlers of idle clients at a stop
+        if not isinstance(exc, gevent.GreenletExit):  # gevent raises it in the handlers of idle clients at a stop
             super().handle_error(req, client, addr, exc)

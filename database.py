@@ -23,10 +23,12 @@ from sqlalchemy.dialects import postgresql
 
 import settings
 
-QUEUE_TIMEOUT = 2  # seconds that a request waits for a connection
-STATEMENT_TIMEOUT = 2  # seconds after which the server ends a statement
-SILENCE_TIMEOUT = 3  # seconds after which a server that does not answer is given up
-CONNECT_TIMEOUT = 3  # seconds in which a connection must be ready
+# Each wait of a request has a limit of its own.
+QUEUE_TIMEOUT = 2  # seconds for a connection to become free
+CONNECT_TIMEOUT = 3  # seconds for a new connection to be ready
+STATEMENT_TIMEOUT = 2  # seconds for a statement, after which the server ends it
+SILENCE_TIMEOUT = 3  # seconds for a server that does not answer; under gevent only, as the next one
+CANCEL_TIMEOUT = 1  # seconds for ending what that server may still do
 USER_LIMIT = 2  # connections of a process that the requests of one user hold at most
 
 # A peer that died is noticed within a second of sending to it, and within 45 seconds of silence.
@@ -54,7 +56,10 @@ class SilentError(psycopg2.OperationalError):
 
 
 class Statement:
-    """A statement as text, and in the form of PREPARE and EXECUTE. Values are bound by name."""
+    """A statement as text, and in the form of PREPARE and EXECUTE. Values are bound by name.
+
+    SELECT f(%(user_id)s)  ->  PREPARE name AS SELECT f($1)  and  EXECUTE name (%(user_id)s)
+    """
 
     def __init__(self, name: str, expression: sa.ClauseElement) -> None:
         dialect = postgresql.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]
@@ -90,7 +95,7 @@ class Database:
         """
         values["user_id"] = user_id
         deadline = time.monotonic() + QUEUE_TIMEOUT
-        # A weak reference: a user's semaphore goes with the user's last request.
+        # The dictionary's references are weak: a user's semaphore goes with the last request that holds it.
         user_semaphore = self.user_semaphores.setdefault(user_id, Semaphore(USER_LIMIT))
         if not user_semaphore.acquire(timeout=QUEUE_TIMEOUT):
             raise BusyError("other requests of the user hold their connections for long")
@@ -111,7 +116,7 @@ class Database:
                 link = self.idle.pop()
             except IndexError:
                 return self.open()
-            if not link.poll.poll(0):  # what a server sends to an idle client is the end of the connection
+            if not link.poll.poll(0):  # to an idle client a server hardly sends anything but the end
                 return link
             link.connection.close()
 
@@ -119,6 +124,7 @@ class Database:
         """Return a new connection, with the statements prepared if it is to PostgreSQL itself."""
         with gevent.Timeout(CONNECT_TIMEOUT if ON_GEVENT else None, SilentError("no connection in time")):
             connection = connect()
+            connection.autocommit = True
             pid = connection.info.backend_pid if is_direct(connection) else None
             if pid:
                 with connection.cursor() as cursor:
@@ -135,16 +141,21 @@ class Database:
                 rows: list[Any] = cursor.fetchall()
         except psycopg2.Error as error:
             if isinstance(error, SilentError) and link.pid:
-                gevent.spawn(cancel, link.pid)
+                cancel(link.pid)
             if link.connection.closed or isinstance(error, OUTDATED):
-                unfit, self.idle = [link, *self.idle], []  # after a restart or a failover the idle ones are unfit too
-                for one in unfit:
-                    one.connection.close()
+                link.connection.close()
+                self.close_idle()
             else:
                 self.idle.append(link)
             raise
         self.idle.append(link)
         return rows
+
+    def close_idle(self) -> None:
+        """Close the idle connections: after a restart or a failover none of them is fit, and those in use find out."""
+        idle, self.idle = self.idle, []
+        for link in idle:
+            link.connection.close()
 
 
 def run_command(sql: str, *values: object) -> list[Any]:
@@ -153,6 +164,7 @@ def run_command(sql: str, *values: object) -> list[Any]:
     :raise psycopg2.Error: the database refused it or failed
     """
     with closing(connect()) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
         if is_direct(connection):
             cursor.execute(f"{SESSION}; SET statement_timeout = 0")
         cursor.execute(sql, values or None)
@@ -171,24 +183,29 @@ def is_direct(connection: Any) -> bool:
 
 
 def cancel(pid: int) -> None:
-    """End a statement that waits for a synchronous standby: no timeout of the server does, and it holds a place there.
+    """End a statement that waits for a synchronous standby: no timeout of the server does that.
 
-    What it changed stays changed. psycopg2's own `cancel` would have the whole process wait for the server.
+    The request's place in the pool is taken until then, so that such statements do not use up the server's connections.
+    What the statement changed stays changed. psycopg2's own `cancel` would have the whole process wait.
     """
     sql = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE pid = %s AND wait_event = 'SyncRep'"
-    with suppress(psycopg2.Error), closing(connect()) as connection, connection.cursor() as cursor:
+    with (
+        suppress(psycopg2.Error),
+        gevent.Timeout(CANCEL_TIMEOUT, SilentError("no answer in time")),
+        closing(connect()) as connection,
+        connection.cursor() as cursor,
+    ):
         cursor.execute(sql, (pid,))
 
 
 def connect() -> Any:
-    """Return a new connection, in autocommit, to the first host that accepts it.
+    """Return a new connection to the first host that accepts it.
 
     :raise psycopg2.OperationalError: none does, or the database is not in UTF-8
     """
     parameters = {**KEEPALIVES, "connect_timeout": CONNECT_TIMEOUT, **settings.DATABASE, "client_encoding": "utf8"}
     is_libpq_enough = not ON_GEVENT or "host" not in parameters or "hostaddr" in parameters
     connection = psycopg2.connect(**parameters) if is_libpq_enough else connect_in_turn(parameters)
-    connection.autocommit = True
     if (encoding := connection.info.parameter_status("server_encoding")) != "UTF8":
         connection.close()
         raise psycopg2.OperationalError(f"the database is in {encoding}, and must be in UTF8")
@@ -204,7 +221,8 @@ def connect_in_turn(parameters: dict[str, Any]) -> Any:
     hosts, ports = parameters["host"].split(","), parameters.get("port", "").split(",")
     servers = []
     for place, (host, port) in enumerate(zip(hosts, cycle(ports))):
-        for address in look_up(host, (deadline - time.monotonic()) / (len(hosts) - place + 1)):
+        share = (deadline - time.monotonic()) / (len(hosts) - place + 1)  # the last share is for connecting
+        for address in look_up(host, share):
             servers.append({"host": host, "port": port or None, "hostaddr": address})
     failures = [] if servers else [f"no address is known for {', '.join(hosts)}"]
     for place, server in enumerate(servers):

@@ -29,15 +29,15 @@ worker_class = "clients.Worker"
 logger_class = "logs.Logger"
 preload_app = not TRACING  # the workers share what is loaded; OpenTelemetry must start in each of them
 keepalive = 75  # seconds; a proxy must keep a connection for less (nginx: 60), or it would send into one that closes
-graceful_timeout = 12  # seconds; longer than clients.STOP_TIMEOUT, which is the workers', and their last traces
+graceful_timeout = 12  # seconds of the master; the workers' is clients.STOP_TIMEOUT, and 3 for their last traces
 control_socket_disable = True
 forwarded_allow_ips = ""  # no client sets SCRIPT_NAME and its like
 limit_request_line = 8190  # the longest honest one, with two ids of 255 emoji, has about 6,200 bytes
-sendfile = False  # it would overtake the part of an answer that clients.py keeps
+sendfile = False  # it would overtake what Client.sendall keeps
 
 # A connection costs one file and 18 KiB: thousands that do nothing must not keep others out, nor fill the memory.
 _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-files = min(hard_limit, 32_768)
+files = 32_768 if hard_limit == resource.RLIM_INFINITY else min(hard_limit, 32_768)
 resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard_limit))
 worker_connections = max(1000, files - 1000)
 

@@ -26,7 +26,9 @@ class Stream(io.TextIOBase):
         self.file = file
         mode = os.fstat(file).st_mode
         if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
-            with suppress(OSError):  # opened anew: it must not become non-blocking for others who have it open
+            # O_NONBLOCK is for all who share an open file, so this opens it anew. If that is not allowed, the look
+            # before each write must do: a pipe that can be written to has room for a line.
+            with suppress(OSError):
                 self.file = os.open(f"/dev/fd/{file}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         self.poll = get_original("select", "poll")()
         self.poll.register(self.file, select.POLLOUT)
@@ -43,7 +45,7 @@ class Stream(io.TextIOBase):
 
 def shorten(text: str) -> str:
     """Return the start and the end of a text, as much as a line has room for."""
-    half, short = len(text), text
+    short, half = text, MAX_TEXT // 2
     while len(json.dumps(short)) > MAX_TEXT:
         half = half * 3 // 4
         short = f"{text[:half]} ... {text[-half:]}"

@@ -77,7 +77,7 @@ BEGIN
             RAISE numeric_value_out_of_range USING DETAIL = place;
         ELSIF total = 0 THEN
             DELETE FROM cart_items WHERE user_id = of_user AND product_id = product_ids[place];
-            lines = NULL;
+            lines = NULL; -- there may have been no such line
         ELSE
             IF before IS NULL THEN
                 IF lines IS NULL THEN
@@ -126,7 +126,8 @@ BEGIN
         SELECT user_id FROM cart_items GROUP BY user_id HAVING max(updated_at) < now() - make_interval(days => days)
     LOOP
         SET LOCAL synchronous_commit = off;
-        -- The lock is taken together with the lines', so that Citus takes it on the machine that has them.
+        -- It is removed if all of its lines and its user's lock were to be had at once. The lock is taken together with
+        -- the lines', so that Citus takes it on the machine that has them.
         SELECT count(*) INTO free_lines FROM (
             SELECT pg_try_advisory_xact_lock(hashtextextended(of_user, 0)) AS is_free
             FROM cart_items WHERE user_id = of_user FOR UPDATE SKIP LOCKED

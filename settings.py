@@ -71,7 +71,7 @@ def parse_database_url(value: str) -> dict[str, str]:
     if scheme.partition("+")[0] not in ("postgresql", "postgres"):
         raise ValueError
     if not re.fullmatch(r"([^@/?]*@)?[^@?]*(\?.*)?", rest):
-        raise ValueError("In the password, @ is %40, / is %2F and ? is %3F.")  # libpq would take another host
+        raise ValueError("In the password, @ is %40, / is %2F and ? is %3F.")  # of u:p@ss@host, libpq's host is ss@host
     names = [name for name, _ in parse_qsl(rest.partition("?")[2], keep_blank_values=True)]
     if len(names) > len(set(names)):
         raise ValueError("A parameter is given twice.")  # libpq would take the last one
@@ -102,7 +102,10 @@ def parse_algorithms(value: str) -> list[str]:
 
 def parse_jwks_url(value: str) -> str:
     """Return a URL whose answer nobody on the way can change: https, or http on this machine."""
-    url = urlsplit(value)
+    try:
+        url, _ = urlsplit(value), urlsplit(value).port
+    except ValueError as error:
+        raise ValueError from error  # its text would repeat the value
     is_local = url.scheme == "http" and url.hostname in ("localhost", "127.0.0.1")
     if not url.hostname or not (url.scheme == "https" or is_local):
         raise ValueError
@@ -127,8 +130,8 @@ WORKERS = setting("WEB_CONCURRENCY", parse_number, "a whole number above 0", 2)
 POOL_SIZE = setting("DATABASE_POOL_SIZE", parse_number, "a whole number above 0", 10)
 CORS_ORIGINS = setting("CORS_ORIGINS", parse_origins, "origins like https://shop.example, http://localhost:3000")
 JWT_JWKS_URL = setting("JWT_JWKS_URL", parse_jwks_url, "an https URL; http is for localhost")
-algorithms = setting("JWT_ALGORITHM", parse_algorithms, f"one of {', '.join(ALGORITHMS)}")
-JWT_ALGORITHMS = algorithms or ["RS256" if JWT_JWKS_URL else "HS256"]
+chosen_algorithms = setting("JWT_ALGORITHM", parse_algorithms, f"one of {', '.join(ALGORITHMS)}")
+JWT_ALGORITHMS = chosen_algorithms or ["RS256" if JWT_JWKS_URL else "HS256"]
 KEY_RULE = f"a secret or a PEM public key for JWT_ALGORITHM {JWT_ALGORITHMS[0]}"
 JWT_KEY = setting("JWT_KEY", lambda value: parse_key(value, JWT_ALGORITHMS[0]), KEY_RULE)
 JWT_AUDIENCE = setting("JWT_AUDIENCE", parse_text, "a text that is not empty")
@@ -141,7 +144,11 @@ if JWT_JWKS_URL and any(name.startswith("HS") for name in JWT_ALGORITHMS):
 if not JWT_JWKS_URL and len(JWT_ALGORITHMS) > 1:
     sys.exit("cart: JWT_ALGORITHM must be one algorithm. Several are for JWT_JWKS_URL.")
 if not JWT_JWKS_URL and not JWT_KEY:
-    for name, value in [("JWT_ALGORITHM", algorithms), ("JWT_AUDIENCE", JWT_AUDIENCE), ("JWT_ISSUER", JWT_ISSUER)]:
+    for name, value in [
+        ("JWT_ALGORITHM", chosen_algorithms),
+        ("JWT_AUDIENCE", JWT_AUDIENCE),
+        ("JWT_ISSUER", JWT_ISSUER),
+    ]:
         if value:
             sys.exit(f"cart: {name} is for tokens, which need JWT_KEY or JWT_JWKS_URL.")
 

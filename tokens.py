@@ -41,12 +41,12 @@ class IssuerKeys:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.keys: dict[str | None, Any] = {}
+        self.keys: dict[str | None, jwt.PyJWK] = {}
         self.keys_time = -math.inf  # when the fetch that brought them began
         self.fetch_time = -math.inf  # when the last fetch began
-        self.fetch_thread = threading.Thread()
+        self.fetch_thread: threading.Thread | None = None
 
-    def find(self, key_id: str | None) -> Any:
+    def find(self, key_id: str | None) -> jwt.PyJWK:
         """Return the key with an id.
 
         :raise InvalidToken: the issuer has no such key
@@ -59,8 +59,9 @@ class IssuerKeys:
             self.fetch_thread = threading.Thread(target=self.fetch, args=(now,), daemon=True)
             self.fetch_thread.start()
         if not is_known:
-            self.fetch_thread.join(WAIT_TIMEOUT)
-            if self.keys_time < self.fetch_time:
+            if self.fetch_thread:
+                self.fetch_thread.join(WAIT_TIMEOUT)
+            if self.keys_time < self.fetch_time:  # the last fetch failed, or goes on
                 raise KeysUnavailable
             if key_id not in self.keys:
                 raise InvalidToken("The token is signed with a key that its issuer does not publish.")
@@ -71,8 +72,9 @@ class IssuerKeys:
         try:
             with urllib.request.build_opener(NoRedirect).open(self.url, timeout=FETCH_TIMEOUT) as answer:
                 published = jwt.PyJWKSet.from_json(answer.read(MAX_KEYS).decode()).keys
-            self.keys = {key.key_id: key.key for key in published if key.public_key_use in (None, "sig")}
-            self.keys_time = now
+            if now > self.keys_time:  # or a later fetch was faster
+                self.keys = {key.key_id: key for key in published if key.public_key_use in (None, "sig")}
+                self.keys_time = now
         except Exception as error:  # the network, the server and its answer have their own ways to fail
             logging.getLogger(__name__).warning("the issuer's keys: %r", error)
 
