@@ -21,14 +21,14 @@ import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 from urllib.parse import quote
 
 import psutil
 import psycopg2
 
 SYSTEM_USER = "cart-postgres"
-PATIENCE = 20  # seconds for each wait
+PATIENCE = 20  # seconds for the server to start or to stop
 MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -49,14 +49,14 @@ def start(folder: Path, schema: Path) -> str:
     url = f"postgresql://postgres@/postgres?host={quote(os.fsencode(data), safe='')}&port=5432"
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
-        # Each process that uses the server has a shared lock on one file; who gets it alone is the last one.
+        # Two locks, which end with their process however it ends: a shared one for each process that uses the server,
+        # and one for the process that starts or stops it at the moment.
         users = data.with_name(f"{data.name}.users").open("w")
         with data.with_name(f"{data.name}.lock").open("w") as starting:
-            lock(starting, fcntl.LOCK_EX)
-            lock(users, fcntl.LOCK_SH)
+            fcntl.flock(starting, fcntl.LOCK_EX)
+            fcntl.flock(users, fcntl.LOCK_SH)
             atexit.register(stop, data, users)
-            if not answers(url):
-                launch(data, url)
+            launch(data, url)
             with closing(psycopg2.connect(url)) as connection:
                 connection.autocommit = True
                 connection.cursor().execute(schema.read_text())
@@ -73,7 +73,7 @@ def stop(data: Path, users: TextIO) -> None:
     for ending in ENDINGS:
         signal.signal(ending, signal.SIG_IGN)  # a second one would cut this off
     with data.with_name(f"{data.name}.lock").open("w") as starting:
-        lock(starting, fcntl.LOCK_EX)
+        fcntl.flock(starting, fcntl.LOCK_EX)
         users.close()
         with suppress(BlockingIOError), open(users.name, "w") as others:
             fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,35 +96,8 @@ def refuse(reason: str) -> NoReturn:
     sys.exit(f"cart: the private PostgreSQL did not start: {reason}")
 
 
-def lock(file: TextIO, kind: int) -> None:
-    """Lock a file, until it is closed or the process ends in whatever way."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                refuse(f"another process has been starting or stopping it for {PATIENCE} seconds.")
-        time.sleep(0.05)
-
-
-def answers(url: str) -> bool:
-    """Tell whether a server answers at the URL; wait while it starts or stops."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            psycopg2.connect(url, connect_timeout=PATIENCE).close()
-            return True
-        except psycopg2.OperationalError as error:
-            if "the database system is" not in str(error):
-                return "FATAL" in str(error)  # such as "too many clients"
-        time.sleep(0.05)
-    return False
-
-
 def launch(data: Path, url: str) -> None:
-    """Start the server, on a new cluster if there is none, and wait until it answers."""
+    """Start the server unless it runs, on a new cluster if there is none, and wait until it answers."""
     log = data.with_name(f"{data.name}.log")
     if not (data / "PG_VERSION").exists():
         create(data)
@@ -135,6 +108,15 @@ def launch(data: Path, url: str) -> None:
         if not is_running(data) or time.monotonic() > deadline:
             refuse(" ".join(log.read_text().split()) or "it does not answer.")
         time.sleep(0.02)
+
+
+def answers(url: str) -> bool:
+    """Tell whether the server has started, even if it refuses more clients."""
+    try:
+        psycopg2.connect(url, connect_timeout=PATIENCE).close()
+        return True
+    except psycopg2.OperationalError as error:
+        return "FATAL" in str(error) and "the database system is" not in str(error)
 
 
 def create(data: Path) -> None:
@@ -169,10 +151,8 @@ def run(data: Path, log: Path) -> None:
     program = [*as_owner(data), str(BINARIES / "postgres"), "-D", str(data), "-p", "5432"]
     options = ["-c", "listen_addresses=", "-c", "unix_socket_directories=."]
     with log.open("w") as output:
-        server = subprocess.Popen(
-            [*program, *options], env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            start_new_session=True,
-        )  # fmt: skip
+        files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        server = subprocess.Popen([*program, *options], env=environment(), start_new_session=True, **files)
     atexit.register(server.poll)  # holds the object, which would warn at its end that the process still runs
     while server.poll() is None and not is_running(data):
         time.sleep(0.01)
@@ -194,13 +174,12 @@ def environment() -> dict[str, str]:
 
 def system_user() -> pwd.struct_passwd:
     """Return the system user, which is created if it is missing."""
-    with suppress(KeyError):
-        return pwd.getpwnam(SYSTEM_USER)
     command = ["useradd", "--system", "--user-group", "--no-create-home", SYSTEM_USER]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        refuse(f"root needs a system user {SYSTEM_USER}, and `{' '.join(command)}` failed: {done.stderr.strip()}")
-    return pwd.getpwnam(SYSTEM_USER)
+    subprocess.run(command, check=False, capture_output=True)
+    try:
+        return pwd.getpwnam(SYSTEM_USER)
+    except KeyError:
+        refuse(f"root needs a system user {SYSTEM_USER}, and `{' '.join(command)}` failed.")
 
 
 def as_owner(folder: Path) -> list[str]:
