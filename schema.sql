@@ -36,8 +36,10 @@ CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (crea
 
 -- The next version changes a table here, so that a new database and an upgraded one are alike, and only in ways that
 -- the version before can live with. A function with other parameters comes beside the old one, which a later version
--- drops. As an example:
+-- drops. The schema that was released goes to testdata/, from where the tests upgrade it. As an example:
 --     ALTER TABLE cart_items ADD COLUMN IF NOT EXISTS note text;
+--     ALTER TABLE cart_items DROP CONSTRAINT IF EXISTS cart_items_note_length;
+--     ALTER TABLE cart_items ADD CONSTRAINT cart_items_note_length CHECK (char_length(note) <= 200) NOT VALID;
 
 -- Each function that writes to a cart first takes the lock of its user. So no two of them wait for each other, each
 -- sees all or nothing of another, and what a function has read stays true until it ends.
