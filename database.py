@@ -27,8 +27,8 @@ import settings
 QUEUE_TIMEOUT = 2  # seconds for a connection to become free
 CONNECT_TIMEOUT = 3  # seconds for a new connection to be ready
 STATEMENT_TIMEOUT = 2  # seconds for a statement, after which the server ends it
-SILENCE_TIMEOUT = 3  # seconds for a server that does not answer; under gevent only, as the next one
-CANCEL_TIMEOUT = 1  # seconds for ending what that server may still do
+SILENCE_TIMEOUT = 3  # seconds for the whole answer to arrive; under gevent only, as the next one
+CANCEL_TIMEOUT = 1  # seconds for ending what a silent server may still do
 USER_LIMIT = 2  # connections of a process that the requests of one user hold at most
 
 # A peer that died is noticed within a second of sending to it, and within 45 seconds of silence.
@@ -122,16 +122,17 @@ class Database:
 
     def open(self) -> Link:
         """Return a new connection, with the statements prepared if it is to PostgreSQL itself."""
-        with gevent.Timeout(CONNECT_TIMEOUT if ON_GEVENT else None, SilentError("no connection in time")):
+        with suppress(gevent.Timeout), gevent.Timeout(CONNECT_TIMEOUT if ON_GEVENT else None):
             connection = connect()
             connection.autocommit = True
             pid = connection.info.backend_pid if is_direct(connection) else None
             if pid:
                 with connection.cursor() as cursor:
                     cursor.execute(f"{SESSION}; SET statement_timeout = '{STATEMENT_TIMEOUT}s'; {self.prepare}")
-        poll = blocking_poll()
-        poll.register(connection, select.POLLIN)
-        return Link(connection, pid, poll)
+            poll = blocking_poll()
+            poll.register(connection, select.POLLIN)
+            return Link(connection, pid, poll)
+        raise SilentError("no connection in time")
 
     def run_on(self, link: Link, statement: Statement, values: dict[str, Any]) -> list[Any]:
         """Run a statement on a connection, and keep the connection unless it turns out to be unfit."""
@@ -190,8 +191,8 @@ def cancel(pid: int) -> None:
     """
     sql = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE pid = %s AND wait_event = 'SyncRep'"
     with (
-        suppress(psycopg2.Error),
-        gevent.Timeout(CANCEL_TIMEOUT, SilentError("no answer in time")),
+        suppress(psycopg2.Error, gevent.Timeout),
+        gevent.Timeout(CANCEL_TIMEOUT),
         closing(connect()) as connection,
         connection.cursor() as cursor,
     ):
@@ -249,9 +250,11 @@ def wait(connection: Any) -> None:
 
     :raise SilentError: it did not answer in time
     """
+    deadline = time.monotonic() + SILENCE_TIMEOUT
     while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
         wait_for = gevent.socket.wait_read if state == psycopg2.extensions.POLL_READ else gevent.socket.wait_write
-        wait_for(connection.fileno(), SILENCE_TIMEOUT, SilentError("no answer from the database in time"))
+        seconds_left = max(0.001, deadline - time.monotonic())
+        wait_for(connection.fileno(), seconds_left, SilentError("no answer from the database in time"))
 
 
 if ON_GEVENT:

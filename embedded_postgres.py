@@ -43,7 +43,7 @@ def start(folder: Path, schema: Path) -> str:
 
     :raise SystemExit: it cannot run there; the message says why
     """
-    data = folder.absolute()
+    data = folder.resolve()
     if len(os.fsencode(data / ".s.PGSQL.5432")) > MAX_SOCKET_PATH or "," in str(data):
         refuse(f"{data} is too long for the path of a socket, or has a comma.")
     url = f"postgresql://postgres@/postgres?host={quote(os.fsencode(data), safe='')}&port=5432"
@@ -101,7 +101,7 @@ def launch(data: Path, url: str) -> None:
     log = data.with_name(f"{data.name}.log")
     if not (data / "PG_VERSION").exists():
         create(data)
-    if not is_running(data):
+    if not answers(url) and not is_running(data):
         run(data, log)
     deadline = time.monotonic() + PATIENCE
     while not answers(url):
@@ -159,11 +159,10 @@ def run(data: Path, log: Path) -> None:
 
 
 def is_running(data: Path) -> bool:
-    """Tell whether the process that the pid file names is a PostgreSQL."""
+    """Tell whether the process that the pid file names is the server of this folder: a copy's file names another's."""
     try:
-        server = psutil.Process(int((data / "postmaster.pid").read_text().split()[0]))
-        return server.name() == "postgres" and server.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, IndexError, psutil.NoSuchProcess):
+        return str(data) in psutil.Process(int((data / "postmaster.pid").read_text().split()[0])).cmdline()
+    except (OSError, ValueError, IndexError, psutil.Error):
         return False
 
 

@@ -184,6 +184,6 @@ BEGIN
 END
 $$;
 
-DO $$ BEGIN PERFORM check_carts(); END $$; -- what is loaded here works
-
 COMMIT;
+
+DO $$ BEGIN PERFORM check_carts(); END $$; -- what was loaded works; without the locks of the loading
