@@ -454,12 +454,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
 
 def test_the_access_log_is_json_and_not_forgeable(shop: tuple[str, Path]) -> None:
     url, log = shop
+    requests.get(f"{url}/{'x' * 8000}", timeout=10)
     requests.get(url + '/cart/users/%0A{"status":200}"\\?access_token=secret', headers=token(), timeout=10)
 
     *others, entry = (entry for entry in entries(log) if "method" in entry)
     assert others and {tuple(other) for other in others} == {tuple(entry)}
     assert entry["path"].startswith("/cart/users/%0A")
     assert "secret" not in log.read_text() and "Bearer" not in log.read_text()
+    assert max(map(len, log.read_bytes().splitlines())) < 4096
     assert (entry["method"], entry["status"], entry["duration_ms"] > 0, entry["bytes"] > 0) == ("GET", 403, True, True)
 
 
@@ -903,6 +905,17 @@ def test_a_large_body_that_is_refused_is_the_last_on_its_connection(service: str
         ("POST /cart/users/ada", "text/plain", 415),
     ):
         assert_refused(exchange(service, raw(target, b"x" * size, media) + LAST), status)
+
+
+def test_an_answer_arrives_at_a_client_that_sends_all_of_a_refused_body_first(service: str) -> None:
+    request = raw("POST /nothing", b"x" * 500_000)
+    with connect_to(service) as connection:
+        for start in range(0, len(request), 50_000):
+            connection.sendall(request[start : start + 50_000])
+            time.sleep(0.02)  # the answer is there long before the end of the body
+        answer = b"".join(iter(partial(connection.recv, 65536), b""))
+
+    assert statuses(answer) == [404]
 
 
 def test_a_kept_connection_is_kept_after_a_list(service: str) -> None:
