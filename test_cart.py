@@ -1318,6 +1318,7 @@ def test_without_a_valid_token_no_one_gets_in(guarded: FlaskClient, headers: dic
         {"sub": "bob"},
         {"sub": "Ada"},
         {"sub": None},
+        {"sub": "b", "scope": "xcarts:all"},
         {"sub": "b", "scope": ["carts:all"]},
         {"sub": "b", "scope": {"carts:all": 1}},
     ],

@@ -145,6 +145,7 @@ INVALID: dict[str, tuple[dict[str, str], str]] = {
     "no URL": ({"DATABASE_URL": ""}, A_URL),
     "no port": ({"DATABASE_URL": "postgresql://u:hunter2@h:x/d"}, A_URL),
     "unknown parameter": ({"DATABASE_URL": "postgresql://u:hunter2@h/d?foo=bar"}, A_URL),
+    "an @ in the password": ({"DATABASE_URL": "postgresql://u:hunter2@x/y@h/d"}, A_URL),
     "a host twice": ({"DATABASE_URL": "postgresql://u:hunter2@/d?host=a&host=b"}, A_URL),
     "a blank at the end": ({"DATABASE_URL": "postgresql://u:hunter2@h/d "}, A_URL),
     "no connections": ({"DATABASE_POOL_SIZE": "0"}, "DATABASE_POOL_SIZE must be a whole number above 0."),
@@ -474,6 +475,13 @@ def test_what_is_not_http_is_logged_in_a_line_that_a_pipe_takes_whole(shop: tupl
     assert short.startswith("Invalid request from ip=127.0.0.1: ")
     assert long.startswith("Invalid request from ip=127.0.0.1: ") and long.count("ÿ") > 100
     assert max(map(len, log.read_bytes().splitlines())) < 4095  # and the line break
+
+
+def test_a_file_of_the_page_arrives_whole_after_its_head(service: str) -> None:
+    response = requests.get(f"{service}/docs/swagger-ui.css", timeout=10)
+
+    assert response.status_code == 200
+    assert len(response.content) == int(response.headers["Content-Length"]) > 100_000
 
 
 def test_pages_of_the_named_origins_may_call(shop: tuple[str, Path]) -> None:
