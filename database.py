@@ -52,7 +52,7 @@ class BusyError(psycopg2.OperationalError):
 
 
 class SilentError(psycopg2.OperationalError):
-    """The server did not answer in time. psycopg2 has closed the connection."""
+    """The server did not answer in time. If it was raised during a statement, psycopg2 has closed the connection."""
 
 
 class Statement:

@@ -798,7 +798,7 @@ def test_nobody_with_a_known_key_waits_for_the_issuer(
 ) -> None:
     assert ask(client, issuer.token("a")) == 404
     monkeypatch.setattr(tokens, "REFRESH", 0)  # its keys are fetched again
-    monkeypatch.setattr(tokens, "FETCH_TIMEOUT", 60)  # who waits, waits until it has answered
+    monkeypatch.setattr(tokens, "WAIT_TIMEOUT", 60)  # who waits, waits until it has answered
     issuer.may_answer.clear()
 
     assert ask(client, issuer.token("a")) == 404
