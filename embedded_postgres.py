@@ -78,16 +78,8 @@ def stop(data: Path, users: TextIO) -> None:
         with suppress(BlockingIOError), open(users.name, "w") as others:
             fcntl.flock(others, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_running(data):
-                command = [
-                    *as_owner(data),
-                    str(BINARIES / "pg_ctl"),
-                    "stop",
-                    "-s",
-                    "-D",
-                    str(data),
-                    "-t",
-                    str(PATIENCE),
-                ]
+                words = ["stop", "-s", "-D", str(data), "-t", str(PATIENCE)]
+                command = [*as_owner(data), str(BINARIES / "pg_ctl"), *words]
                 subprocess.run(command, env=environment(), check=False, stderr=subprocess.DEVNULL)
 
 
@@ -126,9 +118,8 @@ def create(data: Path) -> None:
     """
     for left in data.parent.glob(f"{data.name}.new-*"):
         shutil.rmtree(left, ignore_errors=True)
-    begun = data.with_name(
-        f"{data.name}.new-{os.getpid()}"
-    )  # an initdb whose start was killed may still write to its own
+    # Under a name of its own: an initdb whose start was killed may still write to the one it began.
+    begun = data.with_name(f"{data.name}.new-{os.getpid()}")
     begun.mkdir(mode=0o700)
     if os.geteuid() == 0:
         owner = system_user()

@@ -144,11 +144,8 @@ if JWT_JWKS_URL and any(name.startswith("HS") for name in JWT_ALGORITHMS):
 if not JWT_JWKS_URL and len(JWT_ALGORITHMS) > 1:
     sys.exit("cart: JWT_ALGORITHM must be one algorithm. Several are for JWT_JWKS_URL.")
 if not JWT_JWKS_URL and not JWT_KEY:
-    for name, value in [
-        ("JWT_ALGORITHM", chosen_algorithms),
-        ("JWT_AUDIENCE", JWT_AUDIENCE),
-        ("JWT_ISSUER", JWT_ISSUER),
-    ]:
+    token_settings = {"JWT_ALGORITHM": chosen_algorithms, "JWT_AUDIENCE": JWT_AUDIENCE, "JWT_ISSUER": JWT_ISSUER}
+    for name, value in token_settings.items():
         if value:
             sys.exit(f"cart: {name} is for tokens, which need JWT_KEY or JWT_JWKS_URL.")
 

@@ -109,13 +109,6 @@ def decode(token: str) -> dict[str, Any]:
     key = settings.JWT_KEY
     if issuer is not None:
         key = issuer.find(jwt.get_unverified_header(token).get("kid"))
-    claims: dict[str, Any] = jwt.decode(
-        token,
-        key,
-        settings.JWT_ALGORITHMS,
-        options={"require": ["exp"]},
-        audience=settings.JWT_AUDIENCE,
-        issuer=settings.JWT_ISSUER,
-        leeway=LEEWAY,
-    )
+    checks: dict[str, Any] = {"audience": settings.JWT_AUDIENCE, "issuer": settings.JWT_ISSUER, "leeway": LEEWAY}
+    claims: dict[str, Any] = jwt.decode(token, key, settings.JWT_ALGORITHMS, options={"require": ["exp"]}, **checks)
     return claims
