@@ -551,9 +551,10 @@ def test_quotes_around_a_key_are_not_part_of_it(client: FlaskClient, key: str) -
 
 
 def test_a_key_counts_for_a_day(client: FlaskClient) -> None:
-    for age, total in [("0", 1), ("23 hours 59 minutes", 1), ("24 hours 1 minute", 2), ("0", 2)]:
+    for age, total in (("0:00", 1), ("23:59", 1), ("24:01", 2)):
         execute("UPDATE idempotency_keys SET created_at = now() - %(age)s::interval", age=age)
-        assert add(client, "ada", "p", 1, **KEY).get_json()["quantity"] == total
+        assert [add(client, "ada", "p", 1, **KEY).get_json()["quantity"] for _ in range(2)] == [total, total]
+
 
 
 def test_emptying_takes_all_of_a_list_that_is_under_way(client: FlaskClient) -> None:
