@@ -40,7 +40,7 @@ LOADED = "The database has the tables and functions of this version.\n"
 MAX = 2147483647
 LINE = {"product_id": "p", "quantity": 1}
 SECRET = "a secret of thirty-two characters"
-KEY = {"Idempotency-Key": "k"}
+IDEMPOTENT = {"Idempotency-Key": "k"}
 LOCK_ADA = "SELECT pg_advisory_xact_lock(hashtextextended('ada', 0))"
 
 

