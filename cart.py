@@ -363,8 +363,8 @@ def init_db() -> None:
 
 
 @app.cli.command("expire")
-@click.option("--days", type=click.IntRange(1, 3650), required=True, help="For how many days nobody changed the cart.")
+@click.option("--days", type=click.IntRange(1, 3650), required=True, help="For how many days no line changed.")
 def expire(days: int) -> None:
-    """Remove the carts that nobody changed for some days, and the keys that count no longer."""
+    """Remove the carts in which no line was added or changed for some days, and the keys that count no longer."""
     [(carts, keys)] = execute("CALL expire(%s)", days)
     click.echo(f"Removed {carts} carts and {keys} idempotency keys.")

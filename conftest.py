@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -36,7 +35,7 @@ BINARIES = Path(sys.executable).parent
 SCHEMA = HERE / "schema.sql"
 EMPTY = "No cart items found for this user"
 FULL = "The cart is full: 500 lines."
-LOADED = "The database has the tables and functions of this version.\n"
+INIT_DB_OUTPUT = "The database has the tables and functions of this version.\n"
 MAX = 2147483647
 LINE = {"product_id": "p", "quantity": 1}
 SECRET = "a secret of thirty-two characters"
@@ -45,12 +44,15 @@ LOCK_ADA = "SELECT pg_advisory_xact_lock(hashtextextended('ada', 0))"
 
 
 def start_postgres() -> str:
-    """Run a PostgreSQL of its own until the tests end; return its URL."""
+    """Start a PostgreSQL for this run of the tests; return its URL."""
     folder = Path(tempfile.mkdtemp(prefix="cart-test-"))
-    atexit.register(shutil.rmtree, folder)
+    atexit.register(shutil.rmtree, folder)  # what is registered first runs last
     return embedded_postgres.start(folder / "postgres", SCHEMA)
 
 
+for name in list(os.environ):  # the developer's own settings are not the tests'
+    if name.startswith(("DATABASE_", "WEB_CONCURRENCY", "JWT_", "CORS_", "OTEL_")):
+        del os.environ[name]
 os.environ["DATABASE_URL"] = URL = start_postgres()
 
 import cart  # noqa: E402
@@ -105,10 +107,14 @@ def holding(statement: str, url: str = URL) -> Iterator[Any]:
         yield connection
 
 
+def count_waiting(url: str = URL) -> int:
+    """Return how many statements wait for a lock."""
+    return int(execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'", url)[0][0])
+
+
 def await_waiting(count: int) -> None:
     """Wait until so many statements wait for a lock."""
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-    eventually(lambda: execute(waiting) == [(count,)])
+    eventually(lambda: count_waiting() == count)
 
 
 @contextlib.contextmanager
@@ -123,8 +129,8 @@ def running(server: Any) -> Iterator[int]:
         server.server_close()
 
 
-def over_tcp(url: str, change: Callable[[bytes], bytes] = bytes) -> contextlib.AbstractContextManager[int]:
-    """Give a TCP port that leads to a PostgreSQL on a socket, and may change what the server says."""
+def over_tcp(url: str, edit: Callable[[bytes], bytes] = lambda data: data) -> contextlib.AbstractContextManager[int]:
+    """Give a TCP port that leads to a PostgreSQL on a socket, and may edit what the server says."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -135,7 +141,7 @@ def over_tcp(url: str, change: Callable[[bytes], bytes] = bytes) -> contextlib.A
                         if not (data := source.recv(65536)):
                             return
                         if source is server:
-                            self.request.sendall(change(data))
+                            self.request.sendall(edit(data))
                         else:
                             server.sendall(data)
 
@@ -158,7 +164,7 @@ def add_one(url: str, user_id: str = "ada", key: str | None = None, timeout: int
     return requests.post(url + path(user_id), json=LINE, headers={"Idempotency-Key": key}, timeout=timeout)
 
 
-def totals(response: Any) -> list[tuple[str, int]]:
+def lines_of(response: Any) -> list[tuple[str, int]]:
     """Return the lines that a response has."""
     lines = json.loads(response.text)
     assert response.status_code == 200 and all(line.keys() == {"product_id", "quantity"} for line in lines)
@@ -170,8 +176,9 @@ def assert_problem(response: Any, status: int, detail: str | None = None) -> Non
     document, title = json.loads(response.text), HTTP_STATUS_CODES[status]
     assert response.status_code == status
     assert response.headers["Content-Type"] == "application/problem+json"
-    told = document["detail"] if detail is None else detail
-    assert document == {"type": "about:blank", "title": title, "status": status, "detail": told} and told
+    assert document.keys() == {"type", "title", "status", "detail"} and document["detail"]
+    assert [document["type"], document["title"], document["status"]] == ["about:blank", title, status]
+    assert detail is None or document["detail"] == detail
 
 
 def token(key: Any = SECRET, algorithm: str = "HS256", kid: str | None = None, **claims: object) -> dict[str, str]:
@@ -187,6 +194,11 @@ GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "cart:app")
 FLASK = ("flask", "run", "--port", "PORT")
 
 
+def heed_interrupts() -> None:
+    """Have Ctrl-C end a child: a shell starts what runs in the background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def with_environment(changes: dict[str, str | None]) -> dict[str, str]:
     """Return the environment with some variables set, or without those that are None."""
     return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
@@ -200,10 +212,8 @@ def serving(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
     words = [str(BINARIES / command[0]), *(word.replace("PORT", port) for word in command[1:])]
-    # Ctrl-C ends it also if the tests run in the background, for which shells ignore SIGINT.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     env = with_environment(environment)
-    process = subprocess.Popen(words, cwd=folder, env=env, stdout=output, stderr=errors, preexec_fn=heed)
+    process = subprocess.Popen(words, cwd=folder, env=env, stdout=output, stderr=errors, preexec_fn=heed_interrupts)
     url = f"http://127.0.0.1:{port}"
 
     def is_up() -> bool:

@@ -1,6 +1,6 @@
 -- The carts, and all that PostgreSQL keeps of them. Loading it again changes nothing; over the schema of an
--- older version it is the upgrade. It is one transaction, and waits for each lock one second at most, so that requests
--- behind it do not wait for long.
+-- older version it is the upgrade. It is one transaction and a check, and waits for each lock one second at most, so
+-- that requests behind it do not wait for long.
 
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL lock_timeout = '1s';
@@ -115,8 +115,8 @@ BEGIN
 END
 $$;
 
--- Removes the carts that nobody changed for a number of days, each in a transaction of its own, then the keys that
--- count no longer; returns how many of both. It leaves a cart that is in use at the moment for the next call.
+-- Removes the carts in which no line was added or changed for a number of days, each in a transaction of its own, then
+-- the keys that count no longer; returns how many of both. It leaves a cart that is in use at the moment for the next call.
 -- A crash may bring back what it removed last (synchronous_commit), and the next call removes it again.
 CREATE OR REPLACE PROCEDURE expire(days integer, INOUT carts bigint DEFAULT 0, INOUT keys bigint DEFAULT 0)
 LANGUAGE plpgsql AS $$
@@ -186,4 +186,8 @@ $$;
 
 COMMIT;
 
-DO $$ BEGIN PERFORM check_carts(); END $$; -- what was loaded works; without the locks of the loading
+-- What was loaded works. This is checked without the locks of the loading, for which requests would wait.
+BEGIN;
+SET LOCAL lock_timeout = '1s';
+DO $$ BEGIN PERFORM check_carts(); END $$;
+COMMIT;

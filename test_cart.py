@@ -32,8 +32,8 @@ from conftest import (
     FULL,
     HERE,
     IDEMPOTENT,
+    INIT_DB_OUTPUT,
     LINE,
-    LOADED,
     LOCK_ADA,
     MAX,
     SCHEMA,
@@ -46,18 +46,18 @@ from conftest import (
     eventually,
     execute,
     holding,
+    lines_of,
     over_tcp,
     path,
     run_command,
     token,
-    totals,
 )
 from database import Database
 
 ADA = path("ada")
 
 
-def change(client: FlaskClient, user_id: str, *changes: tuple[str, int], **headers: str) -> TestResponse:
+def add_list(client: FlaskClient, user_id: str, *changes: tuple[str, int], **headers: str) -> TestResponse:
     lines = [{"product_id": product_id, "quantity": quantity} for product_id, quantity in changes]
     return client.post(path(user_id), json=lines, headers=headers)
 
@@ -115,7 +115,7 @@ def test_one_line_is_removed_by_its_product_and_all_without(client: FlaskClient)
     removed, again = (client.delete(ADA, query_string={"product_id": "sku 2/é"}) for _ in range(2))
     assert (removed.status_code, removed.get_json()) == (200, {"msg": "Cart item deleted"})
     assert_problem(again, 404, "No such cart item found for this user")
-    assert totals(client.get(ADA)) == [("sku-1", 1), ("sku-3", 1)]
+    assert lines_of(client.get(ADA)) == [("sku-1", 1), ("sku-3", 1)]
 
     emptied, again = client.delete(ADA), client.delete(ADA)
     assert (emptied.status_code, emptied.get_json()) == (200, {"msg": "All cart items deleted"})
@@ -127,7 +127,7 @@ def test_a_body_has_whole_numbers_as_json_allows_them_and_1_mib(client: FlaskCli
     body = b'[{"product_id": "p", "quantity": 2.0}, {"product_id": "p", "quantity": 1e2, "else": null}]'
     response = client.post(ADA, data=body.ljust(1024 * 1024), content_type="application/json; charset=utf-8")
 
-    assert totals(response) == [("p", 2), ("p", 102)]
+    assert lines_of(response) == [("p", 2), ("p", 102)]
     assert b"." not in response.data
 
 
@@ -176,8 +176,8 @@ BAD_KEYS = ["", '""', "k" * 256, "é", "\t", "\x7f"]
 BAD_REQUESTS: dict[str, tuple[int, dict[str, Any]]] = {
     **{name: (code, {"data": body, "content_type": "application/json"}) for name, (code, body) in BAD_BODIES.items()},
     **{f"as {media}": (415, {"data": json_line(), "content_type": media}) for media in BAD_MEDIA},
-    **{f"?{it:.30}": (code, {"method": "DELETE", "query_string": it}) for code, bad in BAD_QUERIES for it in bad},
-    **{f"{it:.30}": (code, {"path": it, "json": LINE}) for code, bad in BAD_PATHS for it in bad},
+    **{f"?{it:.60}": (code, {"method": "DELETE", "query_string": it}) for code, bad in BAD_QUERIES for it in bad},
+    **{f"{it:.60}": (code, {"path": it, "json": LINE}) for code, bad in BAD_PATHS for it in bad},
     **{f"key {key!a:.9}": (400, {"json": LINE, "headers": {"Idempotency-Key": key}}) for key in BAD_KEYS},
 }
 
@@ -220,16 +220,17 @@ def test_the_model_is_the_schema() -> None:
     assert [c.name for c in table.primary_key] == primary_key
 
 
-def test_init_db_may_be_repeated_and_gives_up_if_a_lock_is_held(client: FlaskClient) -> None:
+@pytest.mark.parametrize("lock", ["SELECT pg_advisory_xact_lock(0)", "LOCK cart_items"], ids=["init-db", "a request"])
+def test_init_db_gives_up_if_another_holds_a_lock_and_may_be_repeated(client: FlaskClient, lock: str) -> None:
     add(client, "ada", "p", 1)
-    with holding("SELECT pg_advisory_xact_lock(0)"):  # as another init-db does
+    with holding(lock):
         refused = run("init-db")
     again = run("init-db")
 
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert refused.stderr == "Error: other transactions hold what this needs. Run it again.\n"
-    assert (again.exit_code, again.output) == (0, LOADED)
-    assert totals(client.get(ADA)) == [("p", 1)]
+    assert (again.exit_code, again.output) == (0, INIT_DB_OUTPUT)
+    assert lines_of(client.get(ADA)) == [("p", 1)]
 
 
 def test_init_db_upgrades_the_schema_of_1_0_0_and_leaves_it_fit_for_1_0_0(
@@ -243,13 +244,13 @@ def test_init_db_upgrades_the_schema_of_1_0_0_and_leaves_it_fit_for_1_0_0(
         for schema in (old_schema, SCHEMA.read_text(), old_schema):  # the last one is the way back
             execute(schema, url)
             assert add(client, "one", "p", 2, **IDEMPOTENT).get_json()["quantity"] == 7
-            assert totals(change(client, "list", ("p", 2), **IDEMPOTENT)) == [("p", 7)]
+            assert lines_of(add_list(client, "list", ("p", 2), **IDEMPOTENT)) == [("p", 7)]
             assert add(client, "ada", "p", 2, **IDEMPOTENT).get_json()["quantity"] == 2
             assert client.get("/healthz").status_code == 200
         assert run("init-db").exit_code == 0
         assert run("expire", "--days", "1").stdout == "Removed 0 carts and 0 idempotency keys.\n"
         assert execute("SELECT expire_cart('ada', 1), sweep_keys()", url) == [(False, 0)]  # as 1.0.0 calls them
-        assert totals(client.get(ADA)) == [("p", 2)]
+        assert lines_of(client.get(ADA)) == [("p", 2)]
 
 
 @pytest.fixture
@@ -266,9 +267,9 @@ def least_privileged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("least_privileged")
 def test_four_rights_on_two_tables_are_enough(client: FlaskClient) -> None:
-    assert totals(change(client, "ada", ("p", 2), ("q", 1), **IDEMPOTENT)) == [("p", 2), ("q", 1)]
+    assert lines_of(add_list(client, "ada", ("p", 2), ("q", 1), **IDEMPOTENT)) == [("p", 2), ("q", 1)]
     assert client.delete(ADA, query_string={"product_id": "p"}).status_code == 200
-    assert totals(client.get(ADA)) == [("q", 1)]
+    assert lines_of(client.get(ADA)) == [("q", 1)]
     assert client.get("/healthz").get_json() == {"status": "ok"}
 
 
@@ -308,7 +309,7 @@ def test_healthz_is_503_and_livez_200_if_the_carts_cannot_be_used(
 def test_a_database_that_is_not_in_utf8_is_refused(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    with other_database(monkeypatch, "SELECT", f"ENCODING {encoding}"):
+    with other_database(monkeypatch, NOTHING, f"ENCODING {encoding}"):
         result = run("init-db")
         assert_problem(client.get("/healthz"), 503)
 
@@ -335,10 +336,10 @@ def test_what_a_role_has_set_does_not_matter(
         assert expired.result().exit_code == 0
 
 
-ALTER = "ALTER TABLE cart_items ALTER quantity TYPE"
+ALTER, NOTHING = "ALTER TABLE cart_items ALTER quantity TYPE", "SELECT"
 OUTDATED = {
     "by a migration": ("", f"{ALTER} bigint", f"{ALTER} integer", "GET"),
-    "by a server that only reads now": ("-c default_transaction_read_only=on", "SELECT", "SELECT", "DELETE"),
+    "by a server that only reads now": ("-c default_transaction_read_only=on", NOTHING, NOTHING, "DELETE"),
 }
 
 
@@ -378,14 +379,14 @@ def test_one_user_holds_two_connections_at_most(client: FlaskClient) -> None:
         await_waiting(2)
 
     assert [answer.result().status_code for answer in adds] == [200] * 16
-    assert totals(client.get(ADA)) == [("p", 16)]
+    assert lines_of(client.get(ADA)) == [("p", 16)]
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["direct", "through a pooler"])
 def test_statements_are_prepared_unless_a_pooler_is_between(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch, pooled: bool
 ) -> None:
-    def told(data: bytes) -> bytes:
+    def as_a_pooler(data: bytes) -> bytes:
         """Return what a server says to a new connection: a pooler invents the process id."""
         invented = b"K\0\0\0\x0c\0\0\0\1"
         return re.sub(rb"K\0\0\0\x0c....", lambda _: invented, data, flags=re.DOTALL) if pooled else data
@@ -394,13 +395,13 @@ def test_statements_are_prepared_unless_a_pooler_is_between(
         SELECT split_part(query, ' ', 1) FROM pg_stat_activity WHERE pid <> pg_backend_pid()
         ORDER BY query_start DESC NULLS LAST LIMIT 1
     """
-    with over_tcp(URL, told) as port, reconnected(monkeypatch, host="127.0.0.1", port=str(port)):
+    with over_tcp(URL, as_a_pooler) as port, reconnected(monkeypatch, host="127.0.0.1", port=str(port)):
         for _ in range(2):
             assert add(client, "ada", "'%s", 3, **IDEMPOTENT).get_json()["quantity"] == 3
-        assert totals(change(client, "ada", ("p", 2), ("p", -1))) == [("p", 2), ("p", 1)]
+        assert lines_of(add_list(client, "ada", ("p", 2), ("p", -1))) == [("p", 2), ("p", 1)]
         assert client.delete(ADA, query_string={"product_id": "p"}).status_code == 200
         assert client.get("/healthz").status_code == 200
-        assert totals(client.get(ADA)) == [("'%s", 3)]
+        assert lines_of(client.get(ADA)) == [("'%s", 3)]
         assert execute(last) == [("SELECT" if pooled else "EXECUTE",)]
 
 
@@ -410,7 +411,7 @@ def test_statements_are_prepared_unless_a_pooler_is_between(
 USERS = ["ada", "Ada", "..", '%41 a+b?c#d"\\%(user)s\r\né']
 
 
-class Cart(RuleBasedStateMachine):
+class CartMachine(RuleBasedStateMachine):
     """The service beside a Counter for each user, and what each key was sent with and answered."""
 
     users = st.sampled_from(USERS)
@@ -431,17 +432,17 @@ class Cart(RuleBasedStateMachine):
     def send(self, user: str, body: Any, key: str | None = None) -> None:
         """Post a body, and assert that the answer is the expected one."""
         response = self.client.post(path(user), json=body, headers={"Idempotency-Key": key} if key else {})
-        sent, answer = self.answered.get((user, key or ""), (body, None))
+        sent, answer = self.answered[user, key] if key and (user, key) in self.answered else (body, None)
         if body != sent:
             assert_problem(response, 422, "Idempotency-Key was used with another body.")
-        elif isinstance(expected := answer or self.expect(user, body), str):
+        elif isinstance(expected := answer or self.apply(user, body), str):
             assert_problem(response, 409, expected)
         else:
             assert (response.status_code, response.get_json()) == (200, expected)
             if key:
                 self.answered[user, key] = body, expected
 
-    def expect(self, user: str, body: Any) -> Any:
+    def apply(self, user: str, body: Any) -> Any:
         """Change the Counter and return the answer, or leave it and return why the change is refused."""
         is_list = isinstance(body, list)
         lines, answers = Counter(self.carts[user]), []
@@ -491,19 +492,19 @@ class Cart(RuleBasedStateMachine):
     def remove(self, user: str, product: str) -> None:
         response = self.client.delete(path(user), query_string={"product_id": product})
         assert response.status_code == (200 if product in self.carts[user] else 404)
-        del self.carts[user][product]
+        del self.carts[user][product]  # a Counter allows it if there is none
 
     @invariant()
     def carts_are_the_counters(self) -> None:
         for user, lines in self.carts.items():
             response = self.client.get(path(user))
             if lines:
-                assert totals(response) == sorted(lines.items())
+                assert lines_of(response) == sorted(lines.items())
             else:
                 assert_problem(response, 404, EMPTY)
 
 
-TestCart = Cart.TestCase
+TestCart = CartMachine.TestCase
 # Without shrinking, which takes minutes: add Phase.shrink to see fewer steps.
 TestCart.settings = hypothesis_settings(max_examples=10, stateful_step_count=30, deadline=None, phases=[Phase.generate])
 
@@ -511,23 +512,23 @@ TestCart.settings = hypothesis_settings(max_examples=10, stateful_step_count=30,
 def test_a_list_answers_with_each_lines_total_in_the_order_sent(client: FlaskClient) -> None:
     add(client, "ada", "b", 5)
 
-    response = change(client, "ada", ("b", -1), ("a", 2), ("c", -1), ("a", 3), ("b", -9), ("b", 2))
+    response = add_list(client, "ada", ("b", -1), ("a", 2), ("c", -1), ("a", 3), ("b", -9), ("b", 2))
 
-    assert totals(response) == [("b", 4), ("a", 2), ("c", 0), ("a", 5), ("b", 0), ("b", 2)]
-    assert totals(client.get(ADA)) == [("a", 5), ("b", 2)]
+    assert lines_of(response) == [("b", 4), ("a", 2), ("c", 0), ("a", 5), ("b", 0), ("b", 2)]
+    assert lines_of(client.get(ADA)) == [("a", 5), ("b", 2)]
 
 
 def test_a_full_cart_takes_no_new_line_until_one_is_gone(client: FlaskClient) -> None:
-    assert change(client, "ada", *((f"{n:03}", 2) for n in range(500))).status_code == 200
+    assert add_list(client, "ada", *((f"{n:03}", 2) for n in range(500))).status_code == 200
 
     assert_problem(add(client, "ada", "new", 1), 409, FULL)
-    assert_problem(change(client, "ada", ("001", 1), ("new", 1)), 409, f"Line 2: {FULL}")
-    assert_problem(change(client, "ada", ("new", 1), ("001", -2)), 409, f"Line 1: {FULL}")
-    assert totals(change(client, "ada", ("001", 1), ("nothing", -1))) == [("001", 3), ("nothing", 0)]
-    refused = change(client, "ada", ("002", -2), ("new", 1), ("nothing", -1), ("newer", 1))
+    assert_problem(add_list(client, "ada", ("001", 1), ("new", 1)), 409, f"Line 2: {FULL}")
+    assert_problem(add_list(client, "ada", ("new", 1), ("001", -2)), 409, f"Line 1: {FULL}")
+    assert lines_of(add_list(client, "ada", ("001", 1), ("nothing", -1))) == [("001", 3), ("nothing", 0)]
+    refused = add_list(client, "ada", ("002", -2), ("new", 1), ("nothing", -1), ("newer", 1))
     assert_problem(refused, 409, f"Line 4: {FULL}")
     assert client.delete(ADA, query_string={"product_id": "002"}).status_code == 200
-    assert totals(change(client, "ada", ("new", 1), ("new", -1), ("newer", 1))) == [
+    assert lines_of(add_list(client, "ada", ("new", 1), ("new", -1), ("newer", 1))) == [
         ("new", 1),
         ("new", 0),
         ("newer", 1),
@@ -564,7 +565,7 @@ def test_emptying_takes_all_of_a_list_that_is_under_way(client: FlaskClient) -> 
 def make_old(client: FlaskClient, *user_ids: str, days: int) -> None:
     """Give users a cart of two lines, and make it that old."""
     for user_id in user_ids:
-        change(client, user_id, ("p", 5), ("q", 1))
+        add_list(client, user_id, ("p", 5), ("q", 1))
     execute("UPDATE cart_items SET updated_at = now() - make_interval(days => %(days)s)", days=days)
 
 
@@ -595,9 +596,9 @@ def test_carts_that_nobody_changed_and_keys_that_count_no_longer_are_removed(cli
 
 
 @pytest.mark.parametrize("changes", [[("p", 1)], [("p", -1)], [("p", 1), ("r", -1)]])
-def test_every_change_of_a_line_keeps_its_cart(client: FlaskClient, changes: list[tuple[str, int]]) -> None:
+def test_a_change_of_a_line_keeps_its_cart(client: FlaskClient, changes: list[tuple[str, int]]) -> None:
     make_old(client, "ada", days=9)
-    change(client, "ada", *changes)
+    add_list(client, "ada", *changes)
 
     assert expire() == "0 carts and 0"
 
@@ -632,6 +633,7 @@ def test_carts_are_removed_one_by_one_and_one_that_was_changed_since_it_was_list
         with ThreadPoolExecutor(1) as pool, holding("SELECT pg_advisory_xact_lock(1)") as other:
             expired = pool.submit(expire)
             await_waiting(1)  # it has removed one of the three, and is removing another
+            # expire holds the lock of the one that it removes; the other's is free.
             left = "SELECT DISTINCT pg_try_advisory_xact_lock(hashtextextended(user_id, 0)), user_id FROM cart_items"
             [kept] = [user_id for is_free, user_id in execute(left) if is_free]
             assert len(execute(left)) == 2
@@ -641,12 +643,13 @@ def test_carts_are_removed_one_by_one_and_one_that_was_changed_since_it_was_list
     finally:
         execute("DROP FUNCTION pause CASCADE")
 
-    assert totals(client.get(path(kept))) == [("p", 6), ("q", 1)]
+    assert lines_of(client.get(path(kept))) == [("p", 6), ("q", 1)]
 
 
-def test_a_command_refuses_other_days_and_says_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expire_takes_1_to_3650_days_and_a_command_says_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for days in ([], ["--days", "0"], ["--days", "3651"], ["--days", "x"]):
         assert run("expire", *days).exit_code == 2
+    assert (expire(1), expire(3650)) == ("0 carts and 0", "0 carts and 0")
     monkeypatch.setattr(settings, "DATABASE", {"host": "127.0.0.1", "port": "1", "password": "hunter2"})
     for command in (["init-db"], ["expire", "--days", "1"]):
         result = run(*command)
@@ -663,11 +666,15 @@ def test_readme_lists_each_setting_and_its_default() -> None:
     code = "import settings as s; print(s.WORKERS, s.POOL_SIZE, *s.JWT_ALGORITHMS, s.CORS_ORIGINS, s.JWT_KEY)"
     unset: dict[str, Any] = {name: None for name in listed if name != "DATABASE_URL"}
 
-    defaults = run_command("python", "-c", code, **unset).stdout.split()
+    defaults, with_issuer = (
+        run_command("python", "-c", code, **{**unset, "JWT_JWKS_URL": url}).stdout.split()
+        for url in (None, "https://issuer.example")
+    )
 
     assert listed.keys() == set(re.findall(r'setting\("([A-Z_]+)"', (HERE / "settings.py").read_text()))
-    named = [listed[name].split(";")[0] for name in ("WEB_CONCURRENCY", "DATABASE_POOL_SIZE", "JWT_ALGORITHM")]
-    assert defaults == [*named, "None", "None"]
+    assert defaults[3:] == ["None", "None"]
+    assert [listed["WEB_CONCURRENCY"], listed["DATABASE_POOL_SIZE"]] == defaults[:2]
+    assert listed["JWT_ALGORITHM"] == f"{defaults[2]}; with `JWT_JWKS_URL` {with_issuer[2]}"
 
 
 @pytest.fixture
@@ -756,37 +763,39 @@ def test_the_examples_of_each_operation_are_what_it_answers(
         for name, example in resolve(response)["content"]["application/problem+json"]["examples"].items()
     }
 
+    assert {name for _, name in examples} == REFUSED.keys()
     for method, name in examples:
         options = {"json": LINE} if method == "POST" and "data" not in REFUSED[name] else {}
         media = {"content_type": "application/json"} if "data" in REFUSED[name] else {}
         assert call(method, **{**options, **media, **REFUSED[name]}) == examples[method, name], name
-    assert {name for _, name in examples} == REFUSED.keys()
 
 
 # Tokens
 
-TOKENS: dict[str, tuple[int, dict[str, Any]]] = {
-    "for the user": (200, {}),
-    "for all carts": (200, {"sub": "shop", "scope": "x carts:all"}),
-    "for all carts, without sub": (200, {"sub": None, "scope": "carts:all"}),
-    "for two services": (200, {"aud": ["x", "carts"]}),
-    "of a clock that is ahead": (200, {"nbf": 25, "iat": 25}),
-    "expired": (401, {"exp": -1}),
-    "without exp": (401, {"exp": None}),
-    "exp no number": (401, {"exp": "soon"}),
-    "not yet valid": (401, {"nbf": 35}),
-    "no audience": (401, {"aud": None}),
-    "sub no text": (401, {"sub": 7}),
-    "another key": (401, {"key": "another secret of thirty-two characters"}),
-    "another algorithm": (401, {"key": SECRET * 2, "algorithm": "HS512"}),
-    "algorithm none": (401, {"key": "", "algorithm": "none"}),
-    "for a user in capitals": (403, {"sub": "Ada"}),
-    "without sub": (403, {"sub": None}),
-    "scope that only ends alike": (403, {"sub": "b", "scope": "xcarts:all"}),
-    "scope a list": (403, {"sub": "b", "scope": ["carts:all"]}),
-    "scope an object": (403, {"sub": "b", "scope": {"carts:all": 1}}),
+EXPIRED, EARLY = "The token is expired.", "The token is not valid yet."
+INVALID = "The token is malformed, wrongly signed or not for this service."
+ANOTHERS = "The token is for another user, and without the scope carts:all."
+TOKENS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "for the user": (200, "", {}),
+    "for all carts": (200, "", {"sub": "shop", "scope": "x carts:all"}),
+    "for all carts, without sub": (200, "", {"sub": None, "scope": "carts:all"}),
+    "for two services": (200, "", {"aud": ["x", "carts"]}),
+    "of a clock that is ahead": (200, "", {"nbf": 29, "iat": 29}),
+    "expired": (401, EXPIRED, {"exp": -1}),
+    "without exp": (401, INVALID, {"exp": None}),
+    "exp no number": (401, INVALID, {"exp": "soon"}),
+    "not yet valid": (401, EARLY, {"nbf": 31}),
+    "no audience": (401, INVALID, {"aud": None}),
+    "sub no text": (401, INVALID, {"sub": 7}),
+    "another key": (401, INVALID, {"key": "another secret of thirty-two characters"}),
+    "another algorithm": (401, INVALID, {"key": SECRET * 2, "algorithm": "HS512"}),
+    "algorithm none": (401, INVALID, {"key": "", "algorithm": "none"}),
+    "for a user in capitals": (403, ANOTHERS, {"sub": "Ada"}),
+    "without sub": (403, ANOTHERS, {"sub": None}),
+    "scope that only ends alike": (403, ANOTHERS, {"sub": "b", "scope": "xcarts:all"}),
+    "scope a list": (403, ANOTHERS, {"sub": "b", "scope": ["carts:all"]}),
+    "scope an object": (403, ANOTHERS, {"sub": "b", "scope": {"carts:all": 1}}),
 }
-WHY = ("expired", "not valid yet", "malformed, wrongly signed or not for this service")
 NO_TOKENS = [
     "",
     "Basic eA==",
@@ -798,17 +807,18 @@ NO_TOKENS = [
 ]
 
 
-@pytest.mark.parametrize(("status", "claims"), TOKENS.values(), ids=TOKENS.keys())
-def test_a_cart_opens_with_a_valid_token_for_it(guarded: FlaskClient, status: int, claims: dict[str, Any]) -> None:
-    times = {name: time.time() + claims[name] for name in ("exp", "nbf", "iat") if isinstance(claims.get(name), int)}
-    response = add(guarded, "ada", "p", 1, **token(**{"aud": "carts", **claims, **times}))
+@pytest.mark.parametrize(("status", "detail", "options"), TOKENS.values(), ids=TOKENS.keys())
+def test_a_cart_opens_with_a_valid_token_for_it(
+    guarded: FlaskClient, status: int, detail: str, options: dict[str, Any]
+) -> None:
+    times = {name: time.time() + options[name] for name in ("exp", "nbf", "iat") if isinstance(options.get(name), int)}
+    response = add(guarded, "ada", "p", 1, **token(**{"aud": "carts", **options, **times}))
 
-    assert response.status_code == status
+    if status == 200:
+        assert response.status_code == 200
+    else:
+        assert_problem(response, status, detail)
     assert execute("SELECT count(*) FROM cart_items") == [(1 if status == 200 else 0,)]
-    if status == 401:
-        assert response.get_json()["detail"] in [f"The token is {why}." for why in WHY]
-    if status == 403:
-        assert_problem(response, 403, "The token is for another user, and without the scope carts:all.")
 
 
 def test_no_cart_opens_without_a_token(guarded: FlaskClient) -> None:
