@@ -68,9 +68,9 @@ def run(*words: str) -> Any:
 
 
 @contextlib.contextmanager
-def reconnected(monkeypatch: pytest.MonkeyPatch, **parameters: str) -> Iterator[None]:
+def reconnected(**parameters: str) -> Iterator[None]:
     """Have the service connect anew, with other parameters, as long as this lasts."""
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(settings, "DATABASE", {**settings.DATABASE, **parameters})
         patched.setattr(cart, "database", Database(cart.READ_CART, cart.CHANGE_CART, cart.EMPTY_CART, cart.CHECK_CARTS))
         try:
@@ -80,14 +80,14 @@ def reconnected(monkeypatch: pytest.MonkeyPatch, **parameters: str) -> Iterator[
 
 
 @contextlib.contextmanager
-def other_database(monkeypatch: pytest.MonkeyPatch, schema: str, options: str = "") -> Iterator[str]:
+def other_database(schema: str, options: str = "") -> Iterator[str]:
     """Have the service use another database as long as this lasts, and give its URL."""
     with connected(autocommit=True) as connection, connection.cursor() as cursor:
         cursor.execute(f"CREATE DATABASE other {options} TEMPLATE template0")
         try:
             url = URL.replace("/postgres?", "/other?")
             execute(schema, url)
-            with reconnected(monkeypatch, dbname="other"):
+            with reconnected(dbname="other"):
                 yield url
         finally:
             cursor.execute("DROP DATABASE other WITH (FORCE)")
@@ -233,12 +233,10 @@ def test_init_db_gives_up_if_another_holds_a_lock_and_may_be_repeated(client: Fl
     assert lines_of(client.get(ADA)) == [("p", 1)]
 
 
-def test_init_db_upgrades_the_schema_of_1_0_0_and_leaves_it_fit_for_1_0_0(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_init_db_upgrades_the_schema_of_1_0_0_and_leaves_it_fit_for_1_0_0(client: FlaskClient) -> None:
     old_schema = (HERE / "testdata/schema-1.0.0.sql").read_text()
     key = "INSERT INTO idempotency_keys VALUES (%(user_id)s, 'k', sha256(convert_to(%(sent)s, 'UTF8')), '{7}')"
-    with other_database(monkeypatch, old_schema) as url:
+    with other_database(old_schema) as url:
         execute(key, url, user_id="one", sent='["p",2]')
         execute(key, url, user_id="list", sent='[["p",2]]')
         for schema in (old_schema, SCHEMA.read_text(), old_schema):  # the last one is the way back
@@ -254,12 +252,12 @@ def test_init_db_upgrades_the_schema_of_1_0_0_and_leaves_it_fit_for_1_0_0(
 
 
 @pytest.fixture
-def least_privileged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def least_privileged() -> Iterator[None]:
     """The service as a role with no more rights than the operator's document gives."""
     [rights] = re.findall(r"```sql\n(.*?)```", (HERE / "docs/operating.md").read_text(), re.DOTALL)
     execute(rights)
     try:
-        with reconnected(monkeypatch, user="shop"):
+        with reconnected(user="shop"):
             yield
     finally:
         execute("DROP OWNED BY shop; DROP ROLE shop")
@@ -297,19 +295,15 @@ def test_healthz_is_503_if_something_is_missing(client: FlaskClient, take: str, 
 
 
 @pytest.mark.parametrize("setting", ["default_transaction_read_only=on", "search_path=nowhere"])
-def test_healthz_is_503_and_livez_200_if_the_carts_cannot_be_used(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, setting: str
-) -> None:
-    with reconnected(monkeypatch, options=f"-c {setting}"):
+def test_healthz_is_503_and_livez_200_if_the_carts_cannot_be_used(client: FlaskClient, setting: str) -> None:
+    with reconnected(options=f"-c {setting}"):
         assert_problem(client.get("/healthz"), 503)
         assert client.get("/livez").get_json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
-def test_a_database_that_is_not_in_utf8_is_refused(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, encoding: str
-) -> None:
-    with other_database(monkeypatch, NOTHING, f"ENCODING {encoding}"):
+def test_a_database_that_is_not_in_utf8_is_refused(client: FlaskClient, encoding: str) -> None:
+    with other_database(NOTHING, f"ENCODING {encoding}"):
         result = run("init-db")
         assert_problem(client.get("/healthz"), 503)
 
@@ -319,11 +313,9 @@ def test_a_database_that_is_not_in_utf8_is_refused(
 @pytest.mark.parametrize(
     "setting", ["default_transaction_isolation=serializable", "lock_timeout=100ms", "statement_timeout=100ms"]
 )
-def test_what_a_role_has_set_does_not_matter(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, setting: str
-) -> None:
+def test_what_a_role_has_set_does_not_matter(client: FlaskClient, setting: str) -> None:
     has_waited = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND now() - query_start > '200 ms'"
-    with reconnected(monkeypatch, options=f"-c {setting}"), ThreadPoolExecutor(1) as pool:
+    with reconnected(options=f"-c {setting}"), ThreadPoolExecutor(1) as pool:
         with holding("SELECT change_cart('ada', '{a}', '{2}', 500, NULL, NULL)") as other:
             waited = pool.submit(add, client, "ada", "a", 1)
             eventually(lambda: execute(has_waited))
@@ -345,10 +337,10 @@ OUTDATED = {
 
 @pytest.mark.parametrize(("options", "begin", "end", "method"), OUTDATED.values(), ids=OUTDATED.keys())
 def test_all_outdated_connections_are_given_up_with_the_first_one(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, options: str, begin: str, end: str, method: str
+    client: FlaskClient, options: str, begin: str, end: str, method: str
 ) -> None:
-    with reconnected(monkeypatch):
-        with monkeypatch.context() as patched, ThreadPoolExecutor(4) as pool:
+    with reconnected():
+        with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor(4) as pool:
             patched.setattr(settings, "DATABASE", {**settings.DATABASE, "options": options})
             with holding("LOCK cart_items") as other:  # so that four connections are open
                 reads = [pool.submit(cart.app.test_client().get, path(f"user {turn}")) for turn in range(4)]
@@ -383,9 +375,7 @@ def test_one_user_holds_two_connections_at_most(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["direct", "through a pooler"])
-def test_statements_are_prepared_unless_a_pooler_is_between(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, pooled: bool
-) -> None:
+def test_statements_are_prepared_unless_a_pooler_is_between(client: FlaskClient, pooled: bool) -> None:
     def as_a_pooler(data: bytes) -> bytes:
         """Return what a server says to a new connection: a pooler invents the process id."""
         invented = b"K\0\0\0\x0c\0\0\0\1"
@@ -395,7 +385,7 @@ def test_statements_are_prepared_unless_a_pooler_is_between(
         SELECT split_part(query, ' ', 1) FROM pg_stat_activity WHERE pid <> pg_backend_pid()
         ORDER BY query_start DESC NULLS LAST LIMIT 1
     """
-    with over_tcp(URL, as_a_pooler) as port, reconnected(monkeypatch, host="127.0.0.1", port=str(port)):
+    with over_tcp(URL, as_a_pooler) as port, reconnected(host="127.0.0.1", port=str(port)):
         for _ in range(2):
             assert add(client, "ada", "'%s", 3, **IDEMPOTENT).get_json()["quantity"] == 3
         assert lines_of(add_list(client, "ada", ("p", 2), ("p", -1))) == [("p", 2), ("p", 1)]
@@ -739,16 +729,14 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_the_examples_of_each_operation_are_what_it_answers(
-    guarded: FlaskClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_examples_of_each_operation_are_what_it_answers(guarded: FlaskClient) -> None:
     def resolve(node: dict[str, Any]) -> Any:
         return reduce(dict.__getitem__, node["$ref"].removeprefix("#/").split("/"), contract)
 
     def call(method: str, user_id: str = "ada", **options: Any) -> Any:
         claims, database = options.pop("claims", {}), options.pop("database", {})
         headers = {**token(**{"aud": "carts", **claims}), **options.pop("headers", {})}
-        with reconnected(monkeypatch, **database), monkeypatch.context() as patched:
+        with reconnected(**database), pytest.MonkeyPatch.context() as patched:
             patched.setattr(tokens, "issuer", options.pop("issuer", None))
             return guarded.open(f"/cart/users/{user_id}", method=method, headers=headers, **options).get_json()
 
