@@ -514,11 +514,12 @@ def test_a_killed_server_is_started_again_and_its_pid_file_ends_no_other_process
     with using(data) as (_, url), subprocess.Popen(["sleep", "60"]) as stranger:
         try:
             execute("INSERT INTO cart_items VALUES ('ada', 'p', 1)", url)
-            kill_server(data)
-            for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
-                (data / name).write_text(f"{stranger.pid}\n{data}\n0\n5432\n{data}\n\n\nready\n")
-            assert use_once(data).stdout.strip() == url
-            assert execute("SELECT quantity FROM cart_items", url) == [(1,)]
+            for pid_file in (None, f"{stranger.pid}\n{data}\n0\n5432\n{data}\n\n\nready\n"):
+                kill_server(data)
+                for name in ("postmaster.pid", ".s.PGSQL.5432.lock") if pid_file else ():
+                    (data / name).write_text(str(pid_file))
+                assert use_once(data).stdout.strip() == url
+                assert execute("SELECT quantity FROM cart_items", url) == [(1,)]
         finally:
             was_running = stranger.poll() is None
             stranger.kill()
