@@ -398,7 +398,7 @@ def test_statements_are_prepared_unless_a_pooler_is_between(client: FlaskClient,
 # All that happens to carts
 
 
-USERS = ["ada", "Ada", "..", '%41 a+b?c#d"\\%(user)s\r\né']
+USERS = ["ada", "Ada", "..", " ", "\u00e9", "e\u0301", '%41 a+b?c#d"\\%(user)s\r\n']
 
 
 class CartMachine(RuleBasedStateMachine):
@@ -406,7 +406,7 @@ class CartMachine(RuleBasedStateMachine):
 
     users = st.sampled_from(USERS)
     products = st.sampled_from(
-        ["a", "B", "é/%41+b?c#d", "'; DROP TABLE cart_items; --%s", "e\u0301\r\n\u202e\uffff", " ", "😀"]
+        ["a", "B", "é/%41+b?c#d", "'; DROP TABLE cart_items; --%s", "e\u0301\r\n\u202e\uffff", " ", " 😀 "]
     )
     quantities = st.one_of(st.integers(-3, 5), st.sampled_from([MAX, -MAX])).filter(bool)
     lines = st.fixed_dictionaries({"product_id": products, "quantity": quantities})
