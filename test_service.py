@@ -453,6 +453,8 @@ def test_the_private_postgresql_starts_in_any_folder_and_locale_and_leaves_it_cl
     above.mkdir(mode=0o700)
     data = above / "postgres"
 
+    first_starts = at_once(3, lambda _: use_once(data))
+    assert [(ended.returncode, ended.stderr) for ended in first_starts] == [(0, "")] * 3
     with using(data, LANG="xx_XX.UTF-8", LC_ALL="xx_XX.UTF-8", XDG_RUNTIME_DIR="", PGPORT="1"):
         assert [stat.S_IMODE(folder.stat().st_mode) for folder in (above, data)] == [0o700, 0o700]
         assert [file.parent for file in tmp_path.rglob("*") if file.is_socket()] == [data]
@@ -946,8 +948,10 @@ SLOW = [
 
 def test_clients_that_drip_or_stop_halfway_are_cut_off_and_hold_up_no_one(service: str) -> None:
     """The first 200 send a byte each half second, the others nothing. A kept connection is not cut off."""
+    file = raw("GET /docs/swagger-ui-bundle.js")
     with contextlib.ExitStack() as stack:
-        kept, *slow = (stack.enter_context(connect_to(service)) for _ in range(401))
+        kept, deaf, *slow = (stack.enter_context(connect_to(service)) for _ in range(402))
+        deaf.sendall(file * 10)  # and reads no answer
         kept.sendall(raw("GET /nothing"))
         assert statuses(kept.recv(65536)) == [404]
         for turn, connection in enumerate(slow):
@@ -965,6 +969,8 @@ def test_clients_that_drip_or_stop_halfway_are_cut_off_and_hold_up_no_one(servic
                 assert turn < 200  # it was cut off while it sent
             else:
                 assert statuses(answers) == SLOW[turn % 5][1]
+        with contextlib.suppress(ConnectionError):
+            assert len(statuses(read_all(deaf))) < 10
         kept.sendall(raw("GET /nothing"))
         assert statuses(kept.recv(65536)) == [404]
 
