@@ -55,6 +55,7 @@ from conftest import (
 from database import Database
 
 ADA = path("ada")
+NOWHERE = {"host": "127.0.0.1", "port": "1"}
 
 
 def add_list(client: FlaskClient, user_id: str, *changes: tuple[str, int], **headers: str) -> TestResponse:
@@ -68,10 +69,17 @@ def run(*words: str) -> Any:
 
 
 @contextlib.contextmanager
-def reconnected(**parameters: str) -> Iterator[None]:
-    """Have the service connect anew, with other parameters, as long as this lasts."""
+def connecting(**parameters: str) -> Iterator[pytest.MonkeyPatch]:
+    """Have new connections opened with other parameters as long as this lasts."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(settings, "DATABASE", {**settings.DATABASE, **parameters})
+        yield patched
+
+
+@contextlib.contextmanager
+def reconnected(**parameters: str) -> Iterator[None]:
+    """Have the service connect anew, with other parameters, as long as this lasts."""
+    with connecting(**parameters) as patched:
         patched.setattr(cart, "database", Database(cart.READ_CART, cart.CHANGE_CART, cart.EMPTY_CART, cart.CHECK_CARTS))
         try:
             yield
@@ -340,8 +348,7 @@ def test_all_outdated_connections_are_given_up_with_the_first_one(
     client: FlaskClient, options: str, begin: str, end: str, method: str
 ) -> None:
     with reconnected():
-        with pytest.MonkeyPatch.context() as patched, ThreadPoolExecutor(4) as pool:
-            patched.setattr(settings, "DATABASE", {**settings.DATABASE, "options": options})
+        with connecting(options=options), ThreadPoolExecutor(4) as pool:
             with holding("LOCK cart_items") as other:  # so that four connections are open
                 reads = [pool.submit(cart.app.test_client().get, path(f"user {turn}")) for turn in range(4)]
                 await_waiting(4)
@@ -625,8 +632,9 @@ def test_carts_are_removed_one_by_one_and_one_that_was_changed_since_it_was_list
             await_waiting(1)  # it has removed one of the three, and is removing another
             # expire holds the lock of the one that it removes; the other's is free.
             left = "SELECT DISTINCT pg_try_advisory_xact_lock(hashtextextended(user_id, 0)), user_id FROM cart_items"
-            [kept] = [user_id for is_free, user_id in execute(left) if is_free]
-            assert len(execute(left)) == 2
+            users = execute(left)
+            [kept] = [user_id for is_free, user_id in users if is_free]
+            assert len(users) == 2
             add(client, kept, "p", 1)
             other.rollback()
         assert expired.result() == "2 carts and 0"
@@ -636,13 +644,13 @@ def test_carts_are_removed_one_by_one_and_one_that_was_changed_since_it_was_list
     assert lines_of(client.get(path(kept))) == [("p", 6), ("q", 1)]
 
 
-def test_expire_takes_1_to_3650_days_and_a_command_says_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expire_takes_1_to_3650_days_and_a_command_says_an_error_in_one_line() -> None:
     for days in ([], ["--days", "0"], ["--days", "3651"], ["--days", "x"]):
         assert run("expire", *days).exit_code == 2
     assert (expire(1), expire(3650)) == ("0 carts and 0", "0 carts and 0")
-    monkeypatch.setattr(settings, "DATABASE", {"host": "127.0.0.1", "port": "1", "password": "hunter2"})
     for command in (["init-db"], ["expire", "--days", "1"]):
-        result = run(*command)
+        with connecting(**NOWHERE, password="hunter2"):
+            result = run(*command)
         assert (result.exit_code, result.stdout) == (1, "")
         assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
         assert "hunter2" not in result.stderr
@@ -723,8 +731,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "list_length": {"json": []},
     "key_reuse": {"headers": IDEMPOTENT},
     "query": {"query_string": "product=p"},
-    "database": {"database": {"host": "127.0.0.1", "port": "1"}},
-    "database_change": {"database": {"host": "127.0.0.1", "port": "1"}},
+    "database": {"database": NOWHERE},
+    "database_change": {"database": NOWHERE},
     "issuer": {"issuer": tokens.IssuerKeys("http://127.0.0.1:1/keys")},
 }
 

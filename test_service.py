@@ -165,6 +165,10 @@ def await_end(folder: Path) -> None:
     eventually(is_over, 20)
 
 
+def read(url: str, user_id: str = "ada", timeout: int = 20) -> requests.Response:
+    return requests.get(url + path(user_id), timeout=timeout)
+
+
 def post(url: str, user_id: str, lines: list[tuple[str, int]], key: str | None = None) -> requests.Response:
     body = [{"product_id": product_id, "quantity": quantity} for product_id, quantity in lines]
     return requests.post(url + path(user_id), json=body, headers={"Idempotency-Key": key}, timeout=20)
@@ -200,7 +204,7 @@ def test_racing_lists_never_deadlock_and_are_never_seen_by_half(service: str) ->
             assert len({total for _, total in lines_of(answer)}) == 1
             if turn < 3:
                 assert requests.delete(service + path("ada"), timeout=20).status_code in (200, 404)
-            seen = requests.get(service + path("ada"), timeout=20)
+            seen = read(service)
             if seen.status_code != 404:
                 assert [product_id for product_id, _ in lines_of(seen)] == ["a", "b", "c"]
                 assert len({quantity for _, quantity in lines_of(seen)}) == 1
@@ -232,9 +236,6 @@ def test_racing_adds_never_overstep_the_bound(service: str) -> None:
 
 
 def test_a_merge_at_login_and_checkouts_lose_nothing_while_the_carts_are_used(service: str) -> None:
-    def read(user_id: str) -> list[tuple[str, int]]:
-        return lines_of(requests.get(service + path(user_id), timeout=20))
-
     def change(user_id: str, lines: list[tuple[str, int]], sign: int, key: str) -> None:
         """Add lines that were read, or take them away, as in README; here with a retry."""
         for _ in range(2):
@@ -250,19 +251,19 @@ def test_a_merge_at_login_and_checkouts_lose_nothing_while_the_carts_are_used(se
         return user_id
 
     before = [visit(turn) for turn in range(40)]
-    [(_, merged)] = guest = read("guest")
+    [(_, merged)] = guest = lines_of(read(service, "guest"))
     with load(4, visit) as added:
         at_once(3, log_in)
         ordered = 0
         for order in range(9):
-            [(_, count)] = lines = read("ada")
+            [(_, count)] = lines = lines_of(read(service))
             change("ada", lines, -1, f"order-{order}")
             ordered += count
-            eventually(lambda: requests.get(service + path("ada"), timeout=20).status_code == 200)
+            eventually(lambda: read(service).status_code == 200)
 
     carts = {user_id: (before + added).count(user_id) for user_id in ("ada", "guest")}
-    assert read("ada") == [("p", carts["ada"] + merged - ordered)]
-    assert read("guest") == [("p", carts["guest"] - merged)]
+    assert lines_of(read(service)) == [("p", carts["ada"] + merged - ordered)]
+    assert lines_of(read(service, "guest")) == [("p", carts["guest"] - merged)]
 
 
 # The start
@@ -375,7 +376,7 @@ def test_a_setting_may_come_from_a_file(tmp_path: Path) -> None:
 
     files: dict[str, Any] = {file.name: str(file) for file in tmp_path.iterdir()}
     with serving(*GUNICORN, DATABASE_URL=None, **files) as (url, process):
-        assert requests.get(url + path("ada"), timeout=6).status_code == 401
+        assert read(url, timeout=6).status_code == 401
         assert requests.get(url + path("ada"), headers=token(), timeout=6).status_code == 404
         eventually(lambda: len(workers_of(process)) == 3)
 
@@ -516,10 +517,11 @@ def test_a_killed_server_is_started_again_and_its_pid_file_ends_no_other_process
     with using(data) as (_, url), subprocess.Popen(["sleep", "60"]) as stranger:
         try:
             execute("INSERT INTO cart_items VALUES ('ada', 'p', 1)", url)
-            for pid_file in (None, f"{stranger.pid}\n{data}\n0\n5432\n{data}\n\n\nready\n"):
+            text = f"{stranger.pid}\n{data}\n0\n5432\n{data}\n\n\nready\n"
+            for files in ({}, {"postmaster.pid": text, ".s.PGSQL.5432.lock": text}):
                 kill_server(data)
-                for name in ("postmaster.pid", ".s.PGSQL.5432.lock") if pid_file else ():
-                    (data / name).write_text(str(pid_file))
+                for name in files:
+                    (data / name).write_text(text)
                 assert use_once(data).stdout.strip() == url
                 assert execute("SELECT quantity FROM cart_items", url) == [(1,)]
         finally:
@@ -929,11 +931,13 @@ def test_the_longest_cart_can_be_posted_as_it_came_and_each_line_removed(service
     line = "INSERT INTO cart_items SELECT %(user)s, unnest(%(products)s), 1"
     execute(line, user=user_id, products=products)
 
-    read = requests.get(service + path(user_id), timeout=9)
-    sent = requests.post(service + path(letter * 255), data=read.text.encode(), headers=read.headers, timeout=9)
+    cart_read = read(service, user_id, 9)
+    sent = requests.post(
+        service + path(letter * 255), data=cart_read.text.encode(), headers=cart_read.headers, timeout=9
+    )
     removed = requests.delete(service + path(letter * 255), params={"product_id": products[0]}, timeout=9)
 
-    assert lines_of(read) == lines_of(sent) == [(product, 1) for product in products]
+    assert lines_of(cart_read) == lines_of(sent) == [(product, 1) for product in products]
     assert removed.json() == {"msg": "Cart item deleted"}
 
 
@@ -1154,7 +1158,7 @@ def test_a_locked_table_is_waited_for_only_so_long(postgres: Postgres, on_postgr
         assert at_once(64, partial(add_for, on_postgres)) == [503] * 64
         assert count_waiting(postgres.url) == 0
 
-    assert_problem(requests.get(on_postgres + path("nobody"), timeout=9), 404, EMPTY)
+    assert_problem(read(on_postgres, "nobody", 9), 404, EMPTY)
 
 
 def test_a_database_that_does_not_answer_is_given_up(postgres: Postgres, on_postgres: str) -> None:
@@ -1196,7 +1200,7 @@ def test_a_database_that_lets_nobody_in_holds_up_nobody_else(tmp_path: Path, fau
                 assert requests.get(f"{url}/livez", timeout=1).status_code == 200
                 time.sleep(0.05)  # others need the processor too
             assert waiting.result() == [503] * 60
-            assert_unavailable(requests.get(url + path("ada"), timeout=9), TRY_AGAIN)
+            assert_unavailable(read(url, timeout=9), TRY_AGAIN)
 
 
 def test_a_standby_that_stalls_holds_up_changes_and_not_the_readers(postgres: Postgres, on_postgres: str) -> None:
@@ -1212,8 +1216,8 @@ def test_a_standby_that_stalls_holds_up_changes_and_not_the_readers(postgres: Po
             with ThreadPoolExecutor(1) as other:
                 changes = other.submit(at_once, 30, lambda _: add_one(on_postgres, "standby", "k", 9).status_code)
                 eventually(lambda: execute(stalled, postgres.url) != [(0,)])
-                reads = [requests.get(on_postgres + path(user), timeout=9) for user in ("reader", "nobody")]
-                assert [read.status_code for read in reads] == [200, 404]
+                reads = [read(on_postgres, user, 9) for user in ("reader", "nobody")]
+                assert [answer.status_code for answer in reads] == [200, 404]
                 assert changes.result() == [503] * 30
             eventually(lambda: execute(stalled, postgres.url) == [(0,)])
     finally:
