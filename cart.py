@@ -7,14 +7,14 @@
     GET    /livez                                  tell that the process answers
     GET    /docs and /openapi.yaml                 the contract, to try out and to read
 
-A request is checked, runs one SQL statement, and is answered. The statements are functions of schema.sql; database.py
-runs them, settings.py has the settings, tokens.py says whose cart a token opens.
+A request is checked, runs one SQL statement, and is answered. schema.sql has the functions that the statements call.
 """
 
 import hashlib
 import re
+import time
+from contextlib import closing
 from datetime import datetime
-from logging import LogRecord
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
@@ -23,45 +23,72 @@ import click
 import msgspec
 import psycopg2.errors
 import sqlalchemy as sa
-from flask import Flask, Response, abort, has_request_context, request
+from flask import Flask, Response, abort, request
 from flask_cors import CORS
 from flask_sqlalchemy import SQLAlchemy
 from flask_swagger_ui import get_swaggerui_blueprint
+from gevent.lock import BoundedSemaphore
 from msgspec import Meta
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge, ServiceUnavailable
+from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
-import settings
 import tokens
-from database import Database, Statement, connect, run_command
+from settings import DATABASE, SETTINGS
 
 MAX_LINES = 500
-MAX_BODY = 1024 * 1024  # bytes; 500 lines with the longest ids need half of it if no character is escaped
 
 
-# The app
+# The database
+
+QUEUE_TIMEOUT = 2  # seconds for a connection to become free
+PARAMETERS: dict[str, Any] = {
+    "connect_timeout": 3,  # seconds, for commands; a worker's is SILENCE_TIMEOUT of gunicorn.conf.py
+    "tcp_user_timeout": 3000,  # milliseconds for a peer to confirm what was sent
+    "keepalives_idle": 30,  # seconds
+    "client_encoding": "utf8",
+    "load_balance_hosts": "random",  # of several hosts a silent one is not the first for ever
+    **({"target_session_attrs": "read-write"} if "," in DATABASE.get("host", "") else {}),
+    **DATABASE,
+    "options": "-c statement_timeout=2s -c lock_timeout=0 -c row_security=off"
+    rf" -c default_transaction_isolation=read\ committed {DATABASE.get('options', '')}",
+}
+STATEMENTS = {
+    "read_cart": "SELECT product_id, quantity FROM cart_items WHERE user_id = $1 ORDER BY product_id",
+    "change_cart": f"SELECT change_cart($1, $2::text[], $3::integer[], {MAX_LINES}, $4, $5)",
+    "empty_cart": "SELECT empty_cart($1, $2)",
+    "check_carts": "SELECT check_carts()",
+}
+# "cached plan must not change result type", after a migration; "cannot execute ... in a read-only transaction".
+OUTDATED = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)
+
+
+def connect() -> Any:
+    """Return a new connection for the pool, in autocommit: one statement is atomic by itself.
+
+    :raise SQLAlchemyError: no server accepts it, or a table or a function is missing
+    """
+    try:
+        connection = psycopg2.connect(**PARAMETERS)
+        connection.autocommit = True
+        if SETTINGS.database_prepare:
+            connection.cursor().execute("; ".join(f"PREPARE {name} AS {text}" for name, text in STATEMENTS.items()))
+        return connection
+    except psycopg2.Error as error:
+        raise SQLAlchemyError(f"no connection: {error}") from error
+
 
 app = Flask(__name__, static_folder=None)
 app.url_map.merge_slashes = False  # a path with an empty id is not found, and redirects nowhere
-app.config.update(
-    MAX_CONTENT_LENGTH=MAX_BODY,
-    # For `flask shell` alone: requests use the connections of database.py.
-    SQLALCHEMY_DATABASE_URI="postgresql+psycopg2://",
-    SQLALCHEMY_ENGINE_OPTIONS={"creator": connect},
-)
-if settings.CORS_ORIGINS is not None:
-    CORS(
-        app,
-        origins=settings.CORS_ORIGINS,
-        methods=["GET", "POST", "DELETE"],
-        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id"],
-        expose_headers=["Retry-After", "WWW-Authenticate", "X-Request-Id"],
-        max_age=600,
-    )
-
-
-# The model and its statements; values are bound by name
+app.config["MAX_CONTENT_LENGTH"] = 1024 * 1024  # bytes, as in nginx.conf; 500 lines with the longest ids have half
+app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+psycopg2://"
+pool = {"creator": connect, "pool_size": SETTINGS.database_pool_size, "max_overflow": 0}
+app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {**pool, "use_native_hstore": False}  # or each connection asks for hstore
+if SETTINGS.cors_origins is not None:
+    # As patterns, because flask-cors takes a text with brackets, as IPv6 has, for a pattern of its own.
+    origins = [o if o == "*" else re.compile(rf"{re.escape(o)}\Z") for o in re.split(", *", SETTINGS.cors_origins)]
+    exposed = ["Retry-After", "WWW-Authenticate", "X-Request-Id"]
+    CORS(app, origins=origins, methods=["GET", "POST", "DELETE"], expose_headers=exposed, max_age=600)
 
 
 class Base(DeclarativeBase):
@@ -82,15 +109,36 @@ class CartItem(db.Model):  # type: ignore[name-defined, misc]
     updated_at: Mapped[datetime] = mapped_column(sa.DateTime(timezone=True), server_default=sa.func.now())
 
 
-LINES = sa.select(CartItem.product_id, CartItem.quantity).order_by(CartItem.product_id)
-READ_CART = Statement("read_cart", LINES.where(CartItem.user_id == sa.bindparam("user_id")))
-CHANGE_CART = Statement(
-    "change_cart", sa.text(f"SELECT change_cart(:user_id, :product_ids, :quantities, {MAX_LINES}, :key, :request)")
-)
-EMPTY_CART = Statement("empty_cart", sa.text("SELECT empty_cart(:user_id, :product_id)"))
-CHECK_CARTS = Statement("check_carts", sa.text("SELECT check_carts()"))
+# First come, first served. SQLAlchemy's pool alone lets some wait for long.
+semaphore = BoundedSemaphore(SETTINGS.database_pool_size)
 
-database = Database(READ_CART, CHANGE_CART, EMPTY_CART, CHECK_CARTS)
+
+def run(name: str, *values: object) -> list[Any]:
+    """Run a statement, committed by the time this returns, and return its rows.
+
+    It uses the driver's cursor: SQLAlchemy Core costs 15 % of a request more, an ORM session several times that.
+
+    :raise SQLAlchemyError: there is no connection in time, so the statement was not sent
+    :raise psycopg2.Error: the database refused the statement, failed, or did not answer in time
+    """
+    sql = re.sub(r"\$\d", "%s", STATEMENTS[name])
+    if SETTINGS.database_prepare:
+        sql = f"EXECUTE {name} ({', '.join(['%s'] * len(values))})" if values else f"EXECUTE {name}"
+    if not semaphore.acquire(timeout=QUEUE_TIMEOUT):
+        raise SQLAlchemyError("no connection: other requests hold all for long")
+    try:
+        connection: Any = db.engine.raw_connection()
+        with closing(connection), connection.cursor() as cursor:
+            try:
+                cursor.execute(sql, values)
+                return list(cursor.fetchall())
+            except psycopg2.Error as error:
+                if cursor.connection.closed or isinstance(error, OUTDATED):
+                    connection.invalidate()
+                    db.engine.dispose()  # the idle ones are as unfit
+                raise
+    finally:
+        semaphore.release()
 
 
 # What a request may hold
@@ -110,50 +158,38 @@ class Change(msgspec.Struct):
             raise ValueError("`quantity` must not be 0")
 
 
-ChangeList = Annotated[list[Change], Meta(min_length=1, max_length=MAX_LINES)]
-body_decoder = msgspec.json.Decoder(Change | ChangeList)
+body_decoder = msgspec.json.Decoder(Change | Annotated[list[Change], Meta(min_length=1, max_length=MAX_LINES)])
 
 
 # Errors
 
-UNAVAILABLE = "The carts are not available at the moment."
 UNKNOWN = "It is not known whether the change was made. DELETE, and POST with an Idempotency-Key, are safe to repeat."
 
 
 @app.errorhandler(HTTPException)
-def problem(error: HTTPException) -> Response:
+def problem(error: HTTPException, cause: Exception | None = None) -> Response:
     """Answer an error with a problem document (RFC 9457), and with the headers of its status."""
+    if error.code in (500, 503):
+        app.logger.error("%r", cause or error, extra={"request_id": request.headers.get("X-Request-Id")})
     document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
     headers = {**dict(error.get_headers()), "Content-Type": "application/problem+json"}
     return Response(msgspec.json.encode(document), error.code, headers)
 
 
+@app.errorhandler(SQLAlchemyError)
 @app.errorhandler(psycopg2.Error)
-def unavailable(error: psycopg2.Error) -> Response:
+def unavailable(error: Exception) -> Response:
     """Answer a failure of the database with 503, and leave what the database said to the log."""
-    app.logger.error("database: %r", error)
     is_change = request.method in ("POST", "DELETE")
-    return problem(ServiceUnavailable(f"{UNAVAILABLE} {UNKNOWN if is_change else 'Try again.'}", retry_after=1))
-
-
-# The id of a request, which the caller or clients.py gives it: in the answer and in the logs
+    detail = f"The carts are not available at the moment. {UNKNOWN if is_change else 'Try again.'}"
+    return problem(ServiceUnavailable(detail, retry_after=1), error)
 
 
 @app.after_request
-def add_request_id(response: Response) -> Response:
-    """Put the request's id into the answer."""
-    if "X-Request-Id" in request.headers:
-        response.headers["X-Request-Id"] = request.headers["X-Request-Id"]
+def let_others_run(response: Response) -> Response:
+    """Let the worker's other requests run after each answer, before the next request of the same client."""
+    response.call_on_close(lambda: time.sleep(0))
     return response
-
-
-def log_request_id(record: LogRecord) -> bool:
-    """Put the request's id on its line of the log."""
-    record.request_id = request.headers.get("X-Request-Id") if has_request_context() else None
-    return True
-
-
-app.logger.addFilter(log_request_id)
 
 
 # The checks of a request
@@ -176,9 +212,7 @@ def check_user() -> None:
 
     :raise BadRequest: the id is not UTF-8, for which Werkzeug puts U+FFFD: it would make one user of several
     :raise UnprocessableEntity: the id has a NUL or more than 255 characters
-    :raise Unauthorized: the settings ask for a token, and there is none that is valid
-    :raise Forbidden: the token is for another user
-    :raise ServiceUnavailable: the issuer of tokens does not tell its keys
+    :raise Unauthorized, Forbidden, ServiceUnavailable: as tokens.py says, if the settings ask for tokens
     """
     user_id = (request.view_args or {}).get("user_id")
     if user_id is None or request.method == "OPTIONS":
@@ -186,19 +220,8 @@ def check_user() -> None:
     if "\ufffd" in user_id:
         abort(400, "user_id must be UTF-8.")
     check_id("user_id", user_id)
-    if not tokens.are_required():
-        return
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        abort(401, "Authorization must be a bearer token.", www_authenticate=WWWAuthenticate("bearer"))
-    try:
-        is_open = tokens.opens(token.strip(" "), user_id)
-    except tokens.InvalidToken as error:
-        abort(401, str(error), www_authenticate=WWWAuthenticate("bearer", {"error": "invalid_token"}))
-    except tokens.KeysUnavailable:
-        raise ServiceUnavailable("The token's key is not known yet. Try again.", retry_after=1) from None
-    if not is_open:
-        abort(403, "The token is for another user, and without the scope carts:all.")
+    if tokens.KEY or tokens.ISSUER:
+        tokens.check(request.headers.get("Authorization", ""), user_id)
 
 
 def parse_key() -> str | None:
@@ -207,10 +230,7 @@ def parse_key() -> str | None:
     :raise BadRequest: it is not 1 to 255 characters of printable ASCII
     """
     key = request.headers.get("Idempotency-Key")
-    if key is None:
-        return None
-    key = key.strip('"')
-    if not re.fullmatch(r"[ -~]{1,255}", key):
+    if key is not None and not re.fullmatch(r"[ -~]{1,255}", key := key.strip('"')):
         abort(400, "Idempotency-Key must be 1 to 255 characters of printable ASCII.")
     return key
 
@@ -220,18 +240,13 @@ def parse_body() -> Any:
 
     :raise UnsupportedMediaType: the body is not said to be JSON
     :raise RequestEntityTooLarge: it is larger than 1 MiB
-    :raise BadRequest: it is not JSON, or breaks off
+    :raise BadRequest: it is not JSON
     :raise UnprocessableEntity: a field is missing, of the wrong type or out of range
     """
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        body = request.get_data(cache=False)
-        if len(body) < (request.content_length or 0):  # which Werkzeug leaves to the server, and gunicorn to the app
-            abort(400, "The body did not arrive whole.")
-        return body_decoder.decode(body)
-    except RequestEntityTooLarge:
-        abort(413, f"The body must be at most {MAX_BODY} bytes.")
+        return body_decoder.decode(request.get_data(cache=False))
     except msgspec.ValidationError as error:
         abort(422, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -273,14 +288,12 @@ def add_item(user_id: str) -> Response:
     key, body = parse_key(), parse_body()
     is_list = isinstance(body, list)
     changes = [(change.product_id, int(change.quantity)) for change in (body if is_list else [body])]
-    product_ids, quantities = [product_id for product_id, _ in changes], [quantity for _, quantity in changes]
+    product_ids, quantities = map(list, zip(*changes, strict=True))
     # A key belongs to the changes, however they were written: 2.0 is 2.
     digest = hashlib.sha256(msgspec.json.encode(changes if is_list else changes[0])).digest() if key else None
     label = "Line {}: " if is_list else ""  # the error's DETAIL is the place of the change
     try:
-        [(totals,)] = database.run(
-            CHANGE_CART, user_id, product_ids=product_ids, quantities=quantities, key=key, request=digest
-        )
+        [(totals,)] = run("change_cart", user_id, product_ids, quantities, key, digest)
     except psycopg2.errors.NumericValueOutOfRange as error:  # 22003
         abort(409, f"{label.format(error.diag.message_detail)}quantity would bring the line's total above 2147483647.")
     except psycopg2.errors.ProgramLimitExceeded as error:  # 54000
@@ -297,7 +310,7 @@ def get_cart(user_id: str) -> Response:
 
     :raise NotFound: the cart is empty
     """
-    lines = database.run(READ_CART, user_id)
+    lines = run("read_cart", user_id)
     if not lines:
         abort(404, "No cart items found for this user")
     return answer([{"product_id": product_id, "quantity": quantity} for product_id, quantity in lines])
@@ -310,7 +323,7 @@ def empty_cart(user_id: str) -> Response:
     :raise NotFound: there was nothing to remove
     """
     product_id = parse_query()
-    [(was_there,)] = database.run(EMPTY_CART, user_id, product_id=product_id)
+    [(was_there,)] = run("empty_cart", user_id, product_id)
     if not was_there:
         abort(404, f"No {'cart items' if product_id is None else 'such cart item'} found for this user")
     return answer({"msg": "All cart items deleted" if product_id is None else "Cart item deleted"})
@@ -319,7 +332,7 @@ def empty_cart(user_id: str) -> Response:
 @app.get("/healthz")
 def healthz() -> Response:
     """Return ok if the database has the carts and lets the service change them."""
-    database.run(CHECK_CARTS)
+    run("check_carts")
     return answer({"status": "ok"})
 
 
@@ -343,16 +356,18 @@ app.add_url_rule("/docs", endpoint="swagger_ui.show")  # or it would redirect, t
 
 
 def execute(sql: str, *values: object) -> list[Any]:
-    """Run SQL and return its rows.
+    """Run SQL for as long as it takes, and return its rows.
 
     :raise ClickException: the database refused it or failed; what it said is put into one line
     """
+    parameters = {**PARAMETERS, "options": f"{PARAMETERS['options']} -c statement_timeout=0"}
     try:
-        return run_command(sql, *values)
-    except psycopg2.errors.LockNotAvailable as error:
-        raise click.ClickException("other transactions hold what this needs. Run it again.") from error
+        with closing(psycopg2.connect(**parameters)) as connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            cursor.execute(sql, values or None)
+            return list(cursor.fetchall()) if cursor.description else []
     except psycopg2.Error as error:
-        raise click.ClickException(" ".join(str(error).split())) from error
+        raise click.ClickException(error.diag.message_primary or " ".join(str(error).split())) from error
 
 
 @app.cli.command("init-db")

@@ -7,6 +7,13 @@ SET LOCAL lock_timeout = '1s';
 SET LOCAL statement_timeout = 0;
 DO $$ BEGIN PERFORM pg_advisory_xact_lock(0); END $$; -- two of these at once would create the same things
 
+-- Another encoding lacks characters that ids may have.
+DO $$ BEGIN
+    IF current_setting('server_encoding') <> 'UTF8' THEN
+        RAISE 'the database is in %, and must be in UTF8', current_setting('server_encoding');
+    END IF;
+END $$;
+
 -- COLLATE "C" compares and orders by code point, whatever the database's locale is.
 CREATE TABLE IF NOT EXISTS cart_items (
     user_id    text COLLATE "C" NOT NULL,
