@@ -1,11 +1,13 @@
-FROM python:3.14.7-slim-trixie
+FROM nginx:1.31.3-alpine AS proxy
+COPY nginx.conf /etc/nginx/nginx.conf
+USER 65534:65534
 
+FROM python:3.14.7-slim-trixie
 WORKDIR /app
 COPY requirements.txt .
-RUN pip install --no-cache-dir --no-compile --disable-pip-version-check --root-user-action=ignore -r requirements.txt
+RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore -r requirements.txt
 COPY *.py openapi.yaml schema.sql ./
-
-ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+ENV FLASK_APP=cart PYTHONUNBUFFERED=1
 USER 10001:10001
 EXPOSE 8080
 HEALTHCHECK --interval=5s --timeout=6s --start-period=20s \

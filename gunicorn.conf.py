@@ -24,8 +24,6 @@ from settings import SETTINGS  # a wrong one ends the start here, before there a
 SILENCE_TIMEOUT = 3  # seconds for the database to answer; above cart.py's statement_timeout
 LOG_FIELDS = {"levelname": "level", "message": "message", "name": "logger", "process": "pid"}
 IS_TRACED = bool({"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"} & set(os.environ))
-if IS_TRACED:  # which needs the packages opentelemetry-distro and an exporter
-    from opentelemetry.instrumentation.auto_instrumentation import initialize
 
 
 class Logger(Statsd):
@@ -34,6 +32,7 @@ class Logger(Statsd):
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
         logging.root.handlers = self.error_log.handlers
+        logging.root.setLevel(self.loglevel)
         for handler in self.error_log.handlers:
             handler.setFormatter(JsonFormatter(list(LOG_FIELDS), rename_fields=LOG_FIELDS, timestamp="time"))
 
@@ -47,22 +46,13 @@ control_socket_disable = True
 
 
 def wait(connection: Any) -> None:
-    """Let other requests run until the database answers: psycopg2's wait callback.
-
-    :raise OperationalError: it does not answer in time; psycopg2 then closes the connection
-    """
+    """Let other requests run until the database answers. If it does not in time psycopg2 closes the connection."""
     with gevent.Timeout(SILENCE_TIMEOUT, psycopg2.OperationalError("no answer from the database in time")):
         while (state := connection.poll()) != POLL_OK:
             (wait_read if state == POLL_READ else wait_write)(connection.fileno())
 
 
 set_wait_callback(wait)
-
-
-def on_starting(server: Any) -> None:
-    """Warn if the carts are open to all."""
-    if not (SETTINGS.jwt_key or SETTINGS.jwt_jwks_url):
-        server.log.warning("Tokens are not asked for: all who reach this service may use every cart.")
 
 
 def pre_fork(server: Any, worker: Any) -> None:
@@ -72,6 +62,20 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """Start OpenTelemetry if its exporter is set."""
+    """Start OpenTelemetry, of the package opentelemetry-distro, if its exporter is set."""
     if IS_TRACED:
+        from opentelemetry.instrumentation.auto_instrumentation import initialize
+
         initialize()
+
+
+def post_worker_init(worker: Any) -> None:
+    """Warn if the carts are open to all, and have a worker that stops close each connection after its answer."""
+    if not (SETTINGS.jwt_key or SETTINGS.jwt_jwks_url):
+        worker.log.warning("Tokens are not asked for: all who reach this service may use every cart.")
+
+    @worker.wsgi.after_request  # type: ignore[untyped-decorator]
+    def drain(response: Any) -> Any:
+        if not worker.alive:
+            response.headers["Connection"] = "close"
+        return response

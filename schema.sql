@@ -122,8 +122,8 @@ BEGIN
 END
 $$;
 
--- Removes the carts in which no line was added or changed for a number of days, each in a transaction of its own, then
--- the keys that count no longer; returns how many of both. It leaves a cart that is in use at the moment for the next
+-- Removes the carts in which no line was added or changed for a number of days, or none if it is NULL, each in a
+-- transaction of its own, then the keys that count no longer; returns how many of both. It leaves a cart that is in use at the moment for the next
 -- call. A crash may bring back what it removed last (synchronous_commit), and the next call removes it again.
 CREATE OR REPLACE PROCEDURE expire(days integer, INOUT carts bigint DEFAULT 0, INOUT keys bigint DEFAULT 0)
 LANGUAGE plpgsql AS $$

@@ -34,6 +34,7 @@ class Settings(msgspec.Struct, rename="upper"):
     jwt_algorithm: Annotated[str, Meta(pattern=rf"^({ALGORITHM})(, *({ALGORITHM}))*\Z")] | None = None
     jwt_audience: Text | None = None
     jwt_issuer: Text | None = None
+    expire_days: Annotated[int, Meta(ge=1, le=3650)] | None = None
 
     def __post_init__(self) -> None:
         if self.jwt_key and self.jwt_jwks_url:

@@ -62,6 +62,7 @@ def check(authorization: str, user_id: str) -> None:
         if int(claims["exp"]) <= time.time():  # the leeway is for clocks that are ahead, not for old tokens
             raise jwt.ExpiredSignatureError("Signature has expired")
     except jwt.PyJWTError as error:
+        logging.getLogger(__name__).info("a token was refused: %s", type(error).__name__)
         challenge = WWWAuthenticate("bearer", {"error": "invalid_token"})
         raise Unauthorized(f"The token is not valid: {error}", www_authenticate=challenge) from error
     scope = claims.get("scope")
