@@ -7,7 +7,7 @@ WORKDIR /app
 COPY requirements.txt .
 RUN pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore -r requirements.txt
 COPY *.py openapi.yaml schema.sql ./
-ENV FLASK_APP=cart PYTHONUNBUFFERED=1
+ENV FLASK_APP=cart
 USER 10001:10001
 EXPOSE 8080
 HEALTHCHECK --interval=5s --timeout=6s --start-period=20s \

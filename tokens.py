@@ -26,7 +26,7 @@ class IssuerKeys(jwt.PyJWKClient):
             raise ServiceUnavailable("The token's key is not known yet. Try again.", retry_after=1) from error
 
     def find(self, key_id: str) -> jwt.PyJWK:
-        """Return the key with an id. Only a request with an unknown one waits while others fetch the keys."""
+        """Return the key with an id. One that is in the list is found without waiting for a fetch."""
         return self.match_kid(self.get_signing_keys(), key_id) or self.get_signing_key(key_id)
 
 
@@ -40,7 +40,7 @@ if SETTINGS.jwt_key:
         KEY = algorithm.prepare_key(SETTINGS.jwt_key)
         fault = "It is a private key." if hasattr(KEY, "public_key") else algorithm.check_key_length(KEY)
     except Exception:  # each algorithm has its own ways to fail
-        fault = "It is neither."
+        fault = "It is neither, or these are several algorithms."
     if fault:
         sys.exit(f"cart: JWT_KEY must be a secret or a PEM public key for JWT_ALGORITHM {ALGORITHM}. {fault}")
 
