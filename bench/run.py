@@ -24,7 +24,7 @@ GUNICORN = ["gunicorn", "--bind", f"127.0.0.1:{PORT}"]
 CONTENDERS = {
     "cart": ([*GUNICORN, "cart:app"], BENCH.parent),
     "floor": ([*GUNICORN, "--worker-class", "gevent", "floor:app"], BENCH),
-    "peer": (["uvicorn", "--port", PORT, "--workers", "2", "peer:app"], BENCH),
+    "peer": (["uvicorn", "--port", PORT, "--workers", "2", "--no-access-log", "peer:app"], BENCH),
 }
 FILL = """
     TRUNCATE cart_items;
