@@ -59,8 +59,7 @@ STATEMENTS = {
     "empty_cart": "SELECT empty_cart($1, $2)",
     "check_carts": "SELECT check_carts()",
 }
-# "cached plan must not change result type", after a migration; "cannot execute ... in a read-only transaction".
-OUTDATED = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)
+OUTDATED = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)  # a migration; a failover
 
 
 def connect() -> Any:

@@ -16,7 +16,7 @@ from gunicorn.instrument.statsd import Statsd
 from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
 from pythonjsonlogger.json import JsonFormatter
 
-from settings import SETTINGS  # a wrong one ends the start here, before there are workers
+import tokens  # a wrong setting ends the start here, before there are workers
 
 SILENCE_TIMEOUT = 3  # seconds for the database to answer; above cart.py's statement_timeout
 LOG_FIELDS = {"levelname": "level", "message": "message", "name": "logger", "process": "pid"}
@@ -68,7 +68,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """Warn if the carts are open to all, and have a worker that stops close each connection after its answer."""
-    if not (SETTINGS.jwt_key or SETTINGS.jwt_jwks_url):
+    if not (tokens.KEY or tokens.ISSUER):
         worker.log.warning("Tokens are not asked for: all who reach this service may use every cart.")
 
     @worker.wsgi.after_request  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ from msgspec import Meta
 
 DATABASE_URL = r"postgres(ql)?(\+\w+)?://([^\s@/?]*@)?[^\s@?]*(\?\S*)?"
 ORIGIN = r"(\*|https?://([A-Za-z0-9.-]+|\[[0-9a-f:]+\])(:\d+)?)"
-JWKS_URL = r"(https://[^\s/:]+|http://(localhost|127\.0\.0\.1))(:\d+)?(/\S*)?"
+JWKS_URL = r"(https://[\w.-]+|http://(localhost|127\.0\.0\.1))(:\d+)?(/\S*)?"
 ALGORITHM = "|".join(name for name in jwt.algorithms.get_default_algorithms() if name != "none")
 Text = Annotated[str, Meta(min_length=1)]
 
@@ -26,7 +26,7 @@ class Settings(msgspec.Struct, rename="upper"):
     """The environment variables of the service."""
 
     database_url: Text
-    database_pool_size: Annotated[int, Meta(ge=1)] = 10
+    database_pool_size: Annotated[int, Meta(ge=1, le=1000)] = 10
     database_prepare: bool = True
     cors_origins: Annotated[str, Meta(pattern=rf"^{ORIGIN}(, *{ORIGIN})*\Z")] | None = None
     jwt_key: Text | None = None

@@ -609,7 +609,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "no_change": {"json": "p"},
     "product_id": {"json": {"product_id": "", "quantity": 1}},
     "query_product_id": {"query_string": "product_id="},
-    "user_id": {"user_id": "%00"},
+    "user_id": {"user_id": "x" * 256},
     "quantity": {"json": {"product_id": "p", "quantity": 1.5}},
     "quantity_zero": {"json": {"product_id": "p", "quantity": 0}},
     "quantity_line": {"json": [LINE, {"product_id": "p", "quantity": 2**31}]},

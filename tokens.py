@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+import gevent
 import jwt
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, ServiceUnavailable, Unauthorized
@@ -20,7 +21,8 @@ class IssuerKeys(jwt.PyJWKClient):
 
     def get_signing_keys(self, refresh: bool = False) -> list[jwt.PyJWK]:
         try:
-            return super().get_signing_keys(refresh)
+            with gevent.Timeout(3, TimeoutError()):  # PyJWT's timeout is for each part of the answer
+                return super().get_signing_keys(refresh)
         except Exception as error:  # of the network, of the server, or its answer is no list of keys
             logging.getLogger(__name__).warning("the issuer's keys: %r", error)
             raise ServiceUnavailable("The token's key is not known yet. Try again.", retry_after=1) from error
@@ -63,8 +65,9 @@ def check(authorization: str, user_id: str) -> None:
             raise jwt.ExpiredSignatureError("Signature has expired")
     except jwt.PyJWTError as error:
         logging.getLogger(__name__).info("a token was refused: %s", type(error).__name__)
+        reason = str(error).encode(errors="replace").decode()  # it may repeat a part of the token
         challenge = WWWAuthenticate("bearer", {"error": "invalid_token"})
-        raise Unauthorized(f"The token is not valid: {error}", www_authenticate=challenge) from error
+        raise Unauthorized(f"The token is not valid: {reason}", www_authenticate=challenge) from error
     scope = claims.get("scope")
     if claims.get("sub") != user_id and not (isinstance(scope, str) and "carts:all" in scope.split(" ")):
         raise Forbidden("The token is for another user, and without the scope carts:all.")
