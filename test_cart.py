@@ -18,6 +18,7 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flask.testing import FlaskClient
+from hypothesis import Phase
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -199,7 +200,8 @@ class CartMachine(RuleBasedStateMachine):
 
 
 TestCart = CartMachine.TestCase
-TestCart.settings = hypothesis_settings(max_examples=10, stateful_step_count=30, deadline=None)
+# Twelve steps are few enough to read. Shrinking, which takes minutes here, would make them fewer: Phase.shrink.
+TestCart.settings = hypothesis_settings(max_examples=20, stateful_step_count=12, deadline=None, phases=[Phase.generate])
 
 
 def test_a_full_cart_takes_no_new_line_until_one_is_gone(client: FlaskClient) -> None:
@@ -735,6 +737,14 @@ def test_a_503_says_that_nothing_was_changed_if_that_is_known(client: FlaskClien
         assert_problem(add(client, "ada", "p", 1), 503, UNCHANGED)
         assert_problem(client.delete(ADA), 503, UNCHANGED)
     assert_problem(client.get(ADA), 404)
+
+
+def test_a_503_says_that_it_is_not_known_if_the_connection_is_lost(client: FlaskClient) -> None:
+    with ThreadPoolExecutor(1) as pool, holding(LOCK_ADA):
+        lost = pool.submit(add, client, "ada", "p", 1)
+        await_waiting(1)
+        execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        assert_problem(lost.result(), 503, UNKNOWN)
 
 
 # More than one machine: through a pooler nothing is prepared
