@@ -210,6 +210,7 @@ def test_a_full_cart_takes_no_new_line_until_one_is_gone(client: FlaskClient) ->
     assert_problem(add(client, "ada", "new", 1), 409, FULL)
     assert_problem(add_list(client, "ada", ("001", 1), ("new", 1)), 409, f"{FULL} - at `$[1]`")
     assert_problem(add_list(client, "ada", ("new", 1), ("001", -2)), 409, f"{FULL} - at `$[0]`")
+    assert_problem(add_list(client, "ada", ("001", 1), ("002", MAX - 1)), 409, f"{TOO_MUCH} - at `$[1]`")
     refused = add_list(client, "ada", ("002", -2), ("new", 1), ("nothing", -1), ("newer", 1))
     assert_problem(refused, 409, f"{FULL} - at `$[3]`")
     lines = [("001", 3), ("nothing", 0), ("002", 0), ("new", 1), ("new", 0), ("newer", 1)]
