@@ -614,7 +614,7 @@ def test_clients_that_are_slow_or_never_end_hold_up_no_one(site: str) -> None:
 
 
 def test_a_request_has_one_id_in_its_answer_and_in_both_logs(tmp_path: Path) -> None:
-    sent: list[dict[str, Any]] = [{"X-Request-Id": one.encode("latin-1")} for one in ("a b", "é", "", "x" * 129)]
+    sent: list[dict[str, Any]] = [{"X-Request-Id": one.encode("latin-1")} for one in ('a "b', "é", "", "x" * 129)]
     errors = tmp_path / "errors"
     with errors.open("wb") as output, serving(*GUNICORN, output=output, DATABASE_URL=NOWHERE) as (service, process):
         with proxied(service, tmp_path) as url:
@@ -626,7 +626,7 @@ def test_a_request_has_one_id_in_its_answer_and_in_both_logs(tmp_path: Path) -> 
             assert_problem(requests.get(f"{url}/livez", timeout=9), 503, UNKNOWN)
     ids = [answer.headers["X-Request-Id"] for answer in answers]
 
-    assert ids[0] == "a b" and len(set(ids)) == 5
+    assert ids[0] == 'a "b' and len(set(ids)) == 5
     assert all(re.fullmatch("[0-9a-f]{32}", made) for made in ids[1:])
     assert [entry["request_id"] for entry in entries(errors) if "request_id" in entry] == ids
     access = [entry for entry in entries(tmp_path / "access.log") if entry["path"].startswith(("/healthz", "/cart"))]
@@ -776,8 +776,10 @@ def test_flask_run_keeps_the_carts_in_a_private_database(tmp_path: Path) -> None
 
 
 USE = """
-import pathlib, sys, time, embedded_postgres
-print(embedded_postgres.start(*map(pathlib.Path, sys.argv[1:3])), flush=True)
+import os, pathlib, sys, time, embedded_postgres
+url = embedded_postgres.start(*map(pathlib.Path, sys.argv[1:3]))
+os.wait() if os.fork() else sys.exit()  # the end of a child, as gunicorn's worker is one, does not end the server
+print(url, flush=True)
 time.sleep(int(sys.argv[3]))
 """
 
