@@ -801,7 +801,7 @@ def use_once(data: Path) -> tuple[int | None, str, str]:
 def test_the_private_postgresql_starts_in_any_folder_and_locale_and_leaves_it_closed(tmp_path: Path) -> None:
     above = tmp_path / "'\"+ é 5%;$(x)&"
     above.mkdir(mode=0o700)
-    data = above / "postgres"
+    data = above / "pg"
 
     assert {(code, err) for code, _, err in at_once(3, lambda _: use_once(data))} == {(0, "")}  # three first starts
     with start_in(data, LANG="xx_XX.UTF-8", LC_ALL="xx_XX.UTF-8", PGPORT="1") as user:
