@@ -154,9 +154,17 @@ GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "cart:app")
 FLASK = ("flask", "run", "--port", "PORT")
 
 
+given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a port that nothing listens on, and another one each time."""
+    port = 0
+    while not port or port in given_ports:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = int(listener.getsockname()[1])
+    given_ports.add(port)
+    return port
 
 
 @contextlib.contextmanager
