@@ -161,8 +161,9 @@ def free_port() -> int:
     """Return a port that nothing listens on, and another one each time."""
     port = 0
     while not port or port in given_ports:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            port = int(listener.getsockname()[1])
+        with socket.socket() as bound:  # and does not listen, so that nobody takes it for a server
+            bound.bind(("127.0.0.1", 0))
+            port = int(bound.getsockname()[1])
     given_ports.add(port)
     return port
 
