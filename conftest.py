@@ -21,7 +21,6 @@ from urllib.parse import quote
 import jwt
 import psycopg2
 import pytest
-import requests
 from flask.testing import FlaskClient
 from mirakuru import HTTPExecutor
 from werkzeug.http import HTTP_STATUS_CODES
@@ -34,7 +33,6 @@ BINARIES = Path(sys.executable).parent
 SCHEMA = HERE / "schema.sql"
 EMPTY = "No cart items found for this user"
 MAX = 2147483647
-LINE = {"product_id": "p", "quantity": 1}
 SECRET = "a secret of thirty-two characters"
 IDEMPOTENT = {"Idempotency-Key": "k"}
 LOCK_ADA = "SELECT pg_advisory_xact_lock(hashtextextended('ada', 0))"
@@ -84,27 +82,24 @@ def at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
 
 def execute(statement: str, url: str = URL, **values: object) -> list[Any]:
     """Run a statement in a transaction of its own, and return its rows."""
-    with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
+    with contextlib.closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
         cursor.execute(statement, values or None)
         return list(cursor.fetchall()) if cursor.description else []
 
 
 @contextlib.contextmanager
-def holding(statement: str, url: str = URL) -> Iterator[Any]:
+def holding(statement: str) -> Iterator[Any]:
     """Run a statement in a transaction that lasts as long as this, and give its connection."""
-    with contextlib.closing(psycopg2.connect(url)) as connection:
+    with contextlib.closing(psycopg2.connect(URL)) as connection:
         connection.cursor().execute(statement)
         yield connection
 
 
-def count_waiting(url: str = URL) -> int:
-    """Return how many statements wait for a lock."""
-    return int(execute("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'", url)[0][0])
-
-
 def await_waiting(count: int) -> None:
-    """Wait until so many statements wait for a lock."""
-    eventually(lambda: count_waiting() == count)
+    """Wait until so many statements wait for a lock, or more."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    eventually(lambda: execute(waiting)[0][0] >= count)
 
 
 # Requests and answers
@@ -114,13 +109,15 @@ def path(user_id: str) -> str:
     return f"/cart/users/{quote(user_id, safe='')}"
 
 
+def line(product_id: str, quantity: int = 1) -> dict[str, str | int]:
+    return {"product_id": product_id, "quantity": quantity}
+
+
+LINE = line("p")
+
+
 def add(client: FlaskClient, user_id: str, product_id: str, quantity: int, **headers: str) -> TestResponse:
-    return client.post(path(user_id), json={"product_id": product_id, "quantity": quantity}, headers=headers)
-
-
-def add_one(url: str, user_id: str = "ada", key: str | None = None, timeout: int = 20) -> requests.Response:
-    """Add one of a product over the network, with a key if there is one."""
-    return requests.post(url + path(user_id), json=LINE, headers={"Idempotency-Key": key}, timeout=timeout)
+    return client.post(path(user_id), json=line(product_id, quantity), headers=headers)
 
 
 def lines_of(response: Any) -> list[tuple[str, int]]:
@@ -151,21 +148,13 @@ def token(key: Any = SECRET, algorithm: str = "HS256", kid: str | None = None, *
 # The service in processes of its own
 
 GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "cart:app")
-FLASK = ("flask", "run", "--port", "PORT")
-
-
-given_ports: set[int] = set()
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on, and another one each time."""
-    port = 0
-    while not port or port in given_ports:
-        with socket.socket() as bound:  # and does not listen, so that nobody takes it for a server
-            bound.bind(("127.0.0.1", 0))
-            port = int(bound.getsockname()[1])
-    given_ports.add(port)
-    return port
+    """Return a port that nothing listens on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
 
 
 @contextlib.contextmanager
