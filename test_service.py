@@ -522,6 +522,7 @@ HOSTILE = {
     "many fields": (GET + b"X: x\r\n" * 101 + b"\r\n", 431),
     "long path": (GET.replace(b"ada", b"x" * 9_000) + b"\r\n", 414),
     "unknown method": (GET.replace(b"GET", b"BREW") + b"\r\n", 405),
+    "TRACE": (GET.replace(b"GET", b"TRACE") + b"\r\n", 405),
     "another version": (GET.replace(b"HTTP/1.1", b"HTTP/3.0") + b"\r\n", 505),
     "no HTTP": (b"\x16\x03\x01\r\n\r\n", 400),
     "raw bytes in the path": (GET.replace(b"ada", b"\xff\xfe") + b"\r\n", 400),
