@@ -381,7 +381,6 @@ BAD_BODIES = {
     "minus zero": (422, json_line(quantity=b"-0.0")),
     "too much": (422, json_line(quantity=b"2147483648")),
     "too little": (422, json_line(quantity=b"-2147483649")),
-    "1e400": (422, json_line(quantity=b"1e400")),
 }
 BAD_QUERIES = [
     (422, ["product_id=", "product_id=%00", f"product_id={'p' * 256}", "product_id", "product=p", "&", "="]),

