@@ -198,10 +198,9 @@ def test_the_database_holds_the_rules_too() -> None:
 
 def test_the_model_is_the_schema() -> None:
     inspector, model, dialect = sa.inspect(ENGINE), cart.CartItem.__table__, ENGINE.dialect
-    columns = inspector.get_columns("cart_items")
-
-    there = [(one["name"], one["type"].compile(dialect), one["nullable"]) for one in columns]
-    assert [(one.name, one.type.compile(dialect), one.nullable) for one in model.columns] == there
+    there = inspector.get_columns("cart_items")
+    columns = [(one["name"], one["type"].compile(dialect), one["nullable"]) for one in there]
+    assert [(one.name, one.type.compile(dialect), one.nullable) for one in model.columns] == columns
     assert [one.name for one in model.primary_key] == inspector.get_pk_constraint("cart_items")["constrained_columns"]
 
 
