@@ -1,4 +1,4 @@
-"""The service as it is deployed, in processes of its own. The order is that of what is promised."""
+"""The service as it is deployed, and what it needs beside it. The order is that of what is promised."""
 
 import contextlib
 import importlib
@@ -42,7 +42,6 @@ import tokens
 from conftest import *
 from settings import SETTINGS
 
-NOWHERE_URL = "postgresql://u@127.0.0.1:1/d"
 BINARIES = Path(sys.executable).parent
 GUNICORN = ("gunicorn", "--bind", "127.0.0.1:PORT", "cart:app")
 
@@ -512,7 +511,6 @@ def test_a_hot_cart_has_20_places_and_others_are_served(site: str) -> None:
 
 # Clients of any kind stop nobody, and get a problem document; a request is passed on only when it is whole
 
-LAST = raw("GET /livez", connection="close")
 HOSTILE = {
     "large body": (POST + b"Content-Length: 1048577\r\n\r\n" + b"x" * 1048577, 413),
     "large chunks": (POST + CHUNKED + (b"100000\r\n" + b" " * 2**20 + b"\r\n") * 3, 413),
@@ -543,7 +541,8 @@ def test_requests_on_one_connection_each_get_their_own_answer(site: str) -> None
     small = raw("POST /cart/users/ada", BODY)
     large = raw("POST /cart/users/bob", json.dumps([CHANGE] * 500).encode())
     unread = [raw("POST /nothing", b"x" * 200_000), raw("POST /cart/users/ada", b"x" * 40_000, "text/plain")]
-    sent, expected = [small, small, large, *unread, small, LAST], b"200 200 200 404 415 200 200".split()
+    sent = [small, small, large, *unread, small, raw("GET /livez", connection="close")]
+    expected = [b"200", b"200", b"200", b"404", b"415", b"200", b"200"]
 
     for turn, parts in enumerate(([b"".join(sent)], sent), 1):  # all at once, then each when an answer begins
         answers = exchange(site, *parts)
@@ -614,8 +613,8 @@ def test_clients_that_are_slow_or_never_end_hold_up_no_one(site: str) -> None:
 
 def test_a_request_has_one_id_in_its_answer_and_in_both_logs(tmp_path: Path) -> None:
     sent: list[dict[str, Any]] = [{"X-Request-Id": one.encode("latin-1")} for one in ('a "b', "é", "", "x" * 129)]
-    log = tmp_path / "log"
-    with log.open("wb") as output, serving(*GUNICORN, output=output, DATABASE_URL=NOWHERE_URL) as (service, _):
+    log, nowhere = tmp_path / "log", "postgresql://u@127.0.0.1:1/d"
+    with log.open("wb") as output, serving(*GUNICORN, output=output, DATABASE_URL=nowhere) as (service, _):
         with proxied(service, tmp_path) as url:
             answers = [requests.get(f"{url}/healthz", headers=headers, timeout=9) for headers in [*sent, {}]]
             requests.get(f'{url}/cart/%0A"%ff\\?access_token=secret', headers={"Authorization": "secret"}, timeout=9)
@@ -731,8 +730,7 @@ def test_flask_run_keeps_the_carts_in_a_private_database(tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp('it\'s "a" folder é 5%;$(x)&')
     for file in (*HERE.glob("*.py"), HERE / ".flaskenv", HERE / "openapi.yaml", SCHEMA):
         (folder / file.name).write_text(file.read_text())
-    # What a developer's shell may have.
-    own = {"DATABASE_URL": None, "PGPORT": "1", "LC_ALL": "xx_XX.UTF-8"}
+    own = {"DATABASE_URL": None, "PGPORT": "1", "LC_ALL": "xx_XX.UTF-8"}  # as a developer's shell may have
 
     # At first with the reloader. One that is killed leaves the server to the next one, which ends it.
     for total, options, ending in ((1, ("--debug",), "INT"), (2, (), "KILL"), (3, (), "TERM")):
@@ -764,7 +762,11 @@ def test_a_first_start_may_be_killed_at_any_moment(tmp_path: Path, moment: str) 
         begun.kill()
 
     eventually(lambda: run_command("python", *words).returncode == 0, 30)  # at once, or when the first server is up
-    words[2] = str(tmp_path / "other")  # of three first starts at the same time one creates it
+    await_end(tmp_path)
+
+
+def test_of_first_starts_at_the_same_time_one_creates_the_database(tmp_path: Path) -> None:
+    words = ["-c", START, str(tmp_path / "postgres"), str(SCHEMA)]
     assert [one.returncode for one in at_once(3, lambda _: run_command("python", *words))] == [0] * 3
     await_end(tmp_path)
 
@@ -792,6 +794,7 @@ def test_metrics_go_to_statsd() -> None:
             seen: Counter[bytes] = Counter()
             while seen[b"gunicorn.request.status.404"] < 5:
                 seen[receiver.recv(1000).partition(b":")[0]] += 1
+    assert seen[b"gunicorn.request.duration"] >= 5 and seen[b"gunicorn.requests"] >= 5
 
 
 def test_traces_go_to_a_collector_and_the_last_ones_at_the_stop(httpserver: HTTPServer, tmp_path: Path) -> None:
