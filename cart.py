@@ -7,13 +7,11 @@
     GET    /livez                                  tell that the process answers
     GET    /docs and /openapi.yaml                 the contract, to try out and to read
 
-A request is checked, runs one SQL statement, and is answered. schema.sql has the functions that the statements call.
+A request is checked, runs one SQL statement, and is answered. database.py sends it; schema.sql has the functions.
 """
 
 import hashlib
 import re
-import time
-from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,76 +23,25 @@ import psycopg2.errors
 import sqlalchemy as sa
 from flask import Flask, Response, abort, request
 from flask_cors import CORS
-from flask_sqlalchemy import SQLAlchemy
 from flask_swagger_ui import get_swaggerui_blueprint
-from gevent.lock import BoundedSemaphore
 from msgspec import Meta
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 from werkzeug.exceptions import HTTPException, ServiceUnavailable
 
 import tokens
-from settings import DATABASE, SETTINGS
-
-MAX_LINES = 500
-
-
-# The database
-
-QUEUE_TIMEOUT = 2  # seconds for a connection to become free
-PARAMETERS: dict[str, Any] = {
-    "connect_timeout": 3,  # seconds, for commands; a worker's is SILENCE_TIMEOUT of gunicorn.conf.py
-    "tcp_user_timeout": 3000,  # milliseconds for a peer to confirm what was sent
-    "keepalives_idle": 30,  # seconds
-    "client_encoding": "utf8",
-    "load_balance_hosts": "random",  # or a silent host would be the first one for ever
-    **({"target_session_attrs": "read-write"} if "," in DATABASE.get("host", "") else {}),
-    **DATABASE,
-    "options": "-c statement_timeout=2s -c lock_timeout=0 -c row_security=off"
-    rf" -c default_transaction_isolation=read\ committed {DATABASE.get('options', '')}",
-}
-STATEMENTS = {
-    "read_cart": "SELECT product_id, quantity FROM cart_items WHERE user_id = $1 ORDER BY product_id",
-    "change_cart": f"SELECT change_cart($1, $2::text[], $3::integer[], {MAX_LINES}, $4, $5)",
-    "empty_cart": "SELECT empty_cart($1, $2)",
-    "check_carts": "SELECT check_carts()",
-}
-OUTDATED = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)  # a migration; a failover
-
-
-def connect() -> Any:
-    """Return a new connection for the pool, in autocommit: one statement is atomic by itself.
-
-    :raise SQLAlchemyError: no server accepts it, or a table or a function is missing
-    """
-    try:
-        connection = psycopg2.connect(**PARAMETERS)
-        connection.autocommit = True
-        if SETTINGS.database_prepare:
-            connection.cursor().execute("; ".join(f"PREPARE {name} AS {text}" for name, text in STATEMENTS.items()))
-        return connection
-    except psycopg2.Error as error:
-        raise SQLAlchemyError(f"no connection: {error}") from error
-
+from database import db, execute, run, run_locking
+from settings import SETTINGS
 
 app = Flask(__name__, static_folder=None)
 app.url_map.merge_slashes = False  # a path with an empty id is not found, and redirects nowhere
 app.config["MAX_CONTENT_LENGTH"] = 1024 * 1024  # bytes, as in nginx.conf
 app.config["SQLALCHEMY_DATABASE_URI"] = "postgresql+psycopg2://"
-pool = {"creator": connect, "pool_size": SETTINGS.database_pool_size, "max_overflow": 0}
-app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {**pool, "use_native_hstore": False}  # or each connection asks for hstore
+db.init_app(app)
 if SETTINGS.cors_origins is not None:
     # As patterns, because flask-cors takes a text with brackets, as IPv6 has, for a pattern of its own.
     origins = [o if o == "*" else re.compile(rf"{re.escape(o)}\Z") for o in re.split(", *", SETTINGS.cors_origins)]
     exposed = ["Retry-After", "WWW-Authenticate", "X-Request-Id"]
     CORS(app, origins=origins, methods=["GET", "POST", "DELETE"], expose_headers=exposed, max_age=600)
-
-
-class Base(DeclarativeBase):
-    """The models' base."""
-
-
-db = SQLAlchemy(app, model_class=Base)
 
 
 class CartItem(db.Model):  # type: ignore[name-defined, misc]
@@ -108,43 +55,12 @@ class CartItem(db.Model):  # type: ignore[name-defined, misc]
     updated_at: Mapped[datetime] = mapped_column(sa.DateTime(timezone=True), server_default=sa.func.now())
 
 
-# Lets requests wait in turn. In SQLAlchemy's pool alone some wait for long.
-semaphore = BoundedSemaphore(SETTINGS.database_pool_size)
-
-
-def run(name: str, *values: object) -> list[Any]:
-    """Run a statement, committed by the time this returns, and return its rows.
-
-    It uses the driver's cursor: SQLAlchemy Core costs 15 % of a request more, an ORM session several times that.
-
-    :raise SQLAlchemyError: there is no connection in time, so the statement was not sent
-    :raise psycopg2.Error: the database refused the statement, failed, or did not answer in time
-    """
-    if SETTINGS.database_prepare:
-        sql = f"EXECUTE {name} ({', '.join(['%s'] * len(values))})" if values else f"EXECUTE {name}"
-    else:  # through a pooler the next statement may reach a connection on which nothing is prepared
-        sql = re.sub(r"\$\d", "%s", STATEMENTS[name])
-    if not semaphore.acquire(timeout=QUEUE_TIMEOUT):
-        raise SQLAlchemyError("no connection became free in time")
-    try:
-        connection: Any = db.engine.raw_connection()
-        with closing(connection), connection.cursor() as cursor:
-            try:
-                cursor.execute(sql, values)
-                return list(cursor.fetchall())
-            except psycopg2.Error as error:
-                if cursor.connection.closed or isinstance(error, OUTDATED):
-                    connection.invalidate()
-                    db.engine.dispose()  # after a restart, a failover or a migration the idle ones fail too
-                raise
-    finally:
-        semaphore.release()
-
-
 # What a request may hold
 
+MAX_LINES = 500
 Id = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^\0]*$")]
-WholeNumber = Annotated[float, Meta(ge=-(2**31), le=2**31 - 1, multiple_of=1)]  # msgspec's int refuses 2.0
+Integer = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+WholeNumber = Integer | Annotated[float, Meta(ge=-(2**31), le=2**31 - 1, multiple_of=1)]  # 2.0 is an integer in JSON
 
 
 class Change(msgspec.Struct):
@@ -167,34 +83,30 @@ UNKNOWN = "It is not known whether the change was made. DELETE, and POST with an
 
 
 @app.errorhandler(HTTPException)
-def problem(error: HTTPException, cause: Exception | None = None) -> Response:
+def problem(error: HTTPException) -> Response:
     """Answer an error with a problem document (RFC 9457), and with the headers of its status."""
-    if error.code in (500, 503):
-        cause = cause or getattr(error, "original_exception", error)
-        app.logger.error("%r", cause, extra={"request_id": request.headers.get("X-Request-Id")})
     document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
     headers = {**dict(error.get_headers()), "Content-Type": "application/problem+json"}
     return Response(msgspec.json.encode(document), error.code, headers)
 
 
-@app.errorhandler(SQLAlchemyError)
+@app.errorhandler(sa.exc.SQLAlchemyError)
 @app.errorhandler(psycopg2.Error)
 def unavailable(error: Exception) -> Response:
     """Answer a failure of the database with 503, and leave what the database said to the log.
 
     A change was not made if its statement was not sent, or if the server says that it failed.
+
+    :raise IntegrityError, DataError: no route expects it, so it is a fault of the service: 500
     """
-    sqlstate = getattr(error, "pgcode", "not sent")  # None: no answer came; 08, 57P: the connection was lost
-    is_known = request.method in ("GET", "HEAD") or (sqlstate and not sqlstate.startswith(("08", "57P")))
+    if isinstance(error, psycopg2.IntegrityError | psycopg2.DataError):
+        raise error
+    app.logger.error("%r", error)
+    # Without an SQLSTATE, or with these, the connection was lost before the server said what became of the statement.
+    is_lost = isinstance(error, psycopg2.Error) and (error.pgcode or "08").startswith(("08", "57P"))
+    is_known = not is_lost or request.method in ("GET", "HEAD")
     detail = f"The carts are not available at the moment. {'Nothing was changed. Try again.' if is_known else UNKNOWN}"
-    return problem(ServiceUnavailable(detail, retry_after=1), error)
-
-
-@app.after_request
-def let_others_run(response: Response) -> Response:
-    """Let the worker's other requests run after each answer, before the next request of the same client."""
-    response.call_on_close(lambda: time.sleep(0))
-    return response
+    return problem(ServiceUnavailable(detail, retry_after=1))
 
 
 # The checks of a request
@@ -232,11 +144,11 @@ def check_user() -> None:
 def parse_key() -> str | None:
     """Return the request's Idempotency-Key (draft-ietf-httpapi-idempotency-key-header), or None.
 
-    :raise BadRequest: it is not 1 to 255 characters of printable ASCII
+    :raise BadRequest: it is not 1 to 255 characters of printable ASCII, or only blanks and quotes
     """
     key = request.headers.get("Idempotency-Key")
-    if key is not None and not re.fullmatch(r"[ -~]{1,255}", key := key.strip('"')):
-        abort(400, "Idempotency-Key must be 1 to 255 characters of printable ASCII.")
+    if key is not None and not re.fullmatch(r"(?=.*[!#-~])[ -~]{1,255}", key := key.strip('"')):
+        abort(400, "Idempotency-Key must be 1 to 255 characters of printable ASCII, not only blanks and quotes.")
     return key
 
 
@@ -251,7 +163,7 @@ def parse_body() -> Any:
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        return body_decoder.decode(request.get_data(cache=False))
+        return body_decoder.decode(request.get_data(cache=False).decode())  # all of it is UTF-8
     except msgspec.ValidationError as error:
         abort(422, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -293,11 +205,11 @@ def add_item(user_id: str) -> Response:
     key, body = parse_key(), parse_body()
     is_list = isinstance(body, list)
     changes = [(change.product_id, int(change.quantity)) for change in (body if is_list else [body])]
-    product_ids, quantities = map(list, zip(*changes, strict=True))
+    product_ids, quantities = [product_id for product_id, _ in changes], [quantity for _, quantity in changes]
     # A key belongs to the changes, however they were written: 2.0 is 2.
     digest = hashlib.sha256(msgspec.json.encode(changes if is_list else changes[0])).digest() if key else None
     try:
-        [(totals,)] = run("change_cart", user_id, product_ids, quantities, key, digest)
+        [(totals,)] = run_locking("change_cart", user_id, product_ids, quantities, MAX_LINES, key, digest)
     except psycopg2.errors.UniqueViolation:  # 23505
         abort(422, "Idempotency-Key was used with another body.")
     except (psycopg2.errors.NumericValueOutOfRange, psycopg2.errors.ProgramLimitExceeded) as error:  # 22003, 54000
@@ -328,7 +240,7 @@ def empty_cart(user_id: str) -> Response:
     :raise NotFound: there was nothing to remove
     """
     product_id = parse_query()
-    [(was_there,)] = run("empty_cart", user_id, product_id)
+    [(was_there,)] = run_locking("empty_cart", user_id, product_id)
     if not was_there:
         abort(404, f"No {'cart items' if product_id is None else 'such cart item'} found for this user")
     return answer({"msg": "All cart items deleted" if product_id is None else "Cart item deleted"})
@@ -337,7 +249,7 @@ def empty_cart(user_id: str) -> Response:
 @app.get("/healthz")
 def healthz() -> Response:
     """Return ok if the database has the carts and lets the service change them."""
-    run("check_carts")
+    run_locking("check_carts")
     return answer({"status": "ok"})
 
 
@@ -354,25 +266,11 @@ def contract() -> Response:
 
 
 app.register_blueprint(get_swaggerui_blueprint("/docs", "/openapi.yaml", {"app_name": "Cart"}))
-app.add_url_rule("/docs", endpoint="swagger_ui.show")  # or it would redirect, to the address behind a proxy
+# Without this, Flask redirects /docs to /docs/ with the host and the port that the service has behind the proxy.
+app.add_url_rule("/docs", endpoint="swagger_ui.show")
 
 
 # The commands
-
-
-def execute(sql: str, *values: object) -> list[Any]:
-    """Run SQL for as long as it takes, and return its rows.
-
-    :raise ClickException: the database refused it or failed; what it said is put into one line
-    """
-    parameters = {**PARAMETERS, "options": f"{PARAMETERS['options']} -c statement_timeout=0"}
-    try:
-        with closing(psycopg2.connect(**parameters)) as connection, connection.cursor() as cursor:
-            connection.autocommit = True
-            cursor.execute(sql, values or None)
-            return list(cursor.fetchall()) if cursor.description else []
-    except psycopg2.Error as error:
-        raise click.ClickException(error.diag.message_primary or " ".join(str(error).split())) from error
 
 
 @app.cli.command("init-db")

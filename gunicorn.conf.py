@@ -1,26 +1,33 @@
-"""How the service is served behind nginx: `gunicorn cart:app` finds this file. WEB_CONCURRENCY sets the workers."""
+"""How the service is served behind nginx: `gunicorn cart:app` finds this file."""
 
-from gevent import monkey
+from gevent import monkey, sleep
 
 monkey.patch_all()
 
 import gc
 import logging
 import os
+from contextlib import suppress
 from typing import Any
 
-import gevent
-import psycopg2
-from gevent.socket import wait_read, wait_write
+import flask
 from gunicorn.instrument.statsd import Statsd
-from psycopg2.extensions import POLL_OK, POLL_READ, set_wait_callback
+from psycopg2.extensions import set_wait_callback
 from pythonjsonlogger.json import JsonFormatter
 
-import tokens  # a wrong setting ends the start here, before there are workers
+import database
+import tokens
+from settings import SETTINGS  # a wrong setting ends the start here, before there are workers
 
-SILENCE_TIMEOUT = 3  # seconds for the database to answer; above cart.py's statement_timeout
 LOG_FIELDS = {"levelname": "level", "message": "message", "name": "logger", "process": "pid"}
 IS_TRACED = bool({"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"} & set(os.environ))
+
+
+def add_request_id(record: logging.LogRecord) -> bool:
+    """Add the request's id to a record, if there is a request."""
+    if flask.has_request_context():
+        record.request_id = flask.request.headers.get("X-Request-Id")
+    return True
 
 
 class Logger(Statsd):
@@ -31,25 +38,32 @@ class Logger(Statsd):
         logging.root.handlers = self.error_log.handlers
         logging.root.setLevel(self.loglevel)
         for handler in self.error_log.handlers:
+            handler.addFilter(add_request_id)
             handler.setFormatter(JsonFormatter(list(LOG_FIELDS), rename_fields=LOG_FIELDS, timestamp="time"))
+
+    def access(self, resp: Any, req: Any, environ: Any, request_time: Any) -> None:
+        with suppress(ValueError):  # the client has hung up, and the status is a text of gevent's
+            super().access(resp, req, environ, request_time)
 
 
 bind = "0.0.0.0:8080"
+workers = SETTINGS.web_concurrency
 worker_class = "gevent_pywsgi"  # a fifth faster than "gevent"; max_requests and hooks for requests do not work with it
 logger_class = Logger
 preload_app = not IS_TRACED  # the workers share what is loaded; OpenTelemetry must start in each of them
 graceful_timeout = 5  # seconds for requests in progress at a stop
 control_socket_disable = True
+set_wait_callback(database.wait)
 
 
-def wait(connection: Any) -> None:
-    """Let other requests run until the database answers. If it does not in time psycopg2 closes the connection."""
-    with gevent.Timeout(SILENCE_TIMEOUT, psycopg2.OperationalError("no answer from the database in time")):
-        while (state := connection.poll()) != POLL_OK:
-            (wait_read if state == POLL_READ else wait_write)(connection.fileno())
-
-
-set_wait_callback(wait)
+def when_ready(server: Any) -> None:
+    """Log whether tokens are asked for, and by what."""
+    if not (tokens.KEY or tokens.ISSUER):
+        server.log.warning("Tokens are not asked for: all who reach this service may use every cart.")
+    else:
+        server.log.info(
+            "Tokens are asked for: %s, by %s", tokens.ALGORITHM, "JWT_KEY" if tokens.KEY else "JWT_JWKS_URL"
+        )
 
 
 def pre_fork(server: Any, worker: Any) -> None:
@@ -67,12 +81,11 @@ def post_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Warn if the carts are open to all, and have a worker that stops close each connection after its answer."""
-    if not (tokens.KEY or tokens.ISSUER):
-        worker.log.warning("Tokens are not asked for: all who reach this service may use every cart.")
+    """Let the worker's other requests run after each answer; close each connection after its answer at a stop."""
 
     @worker.wsgi.after_request  # type: ignore[untyped-decorator]
-    def drain(response: Any) -> Any:
+    def finish(response: Any) -> Any:
+        response.call_on_close(lambda: sleep(0))  # before the next request of the same client
         if not worker.alive:
             response.headers["Connection"] = "close"
         return response

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 import yaml
 from cryptography.hazmat.primitives.asymmetric import rsa
 from flask.testing import FlaskClient
+from gevent.lock import BoundedSemaphore
 from hypothesis import Phase
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -23,13 +24,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from werkzeug.test import TestResponse
 
 import cart
+import database
 import tokens
 from conftest import *
 from settings import SETTINGS
 
 ADA = path("ada")
 with cart.app.app_context():
-    ENGINE = cart.db.engine
+    ENGINE = database.db.engine
 NOWHERE = {"host": "127.0.0.1", "port": "1"}
 FULL, TOO_MUCH = "The cart is full: 500 lines", "The line's total would be above 2147483647"
 
@@ -46,10 +48,10 @@ def flask(*words: str) -> Any:
 @contextlib.contextmanager
 def reconnected(options: str = "", **parameters: str) -> Iterator[None]:
     """Have the service connect anew, with other parameters, as long as this lasts."""
-    options = f"{cart.PARAMETERS['options']} {options}"  # a later -c wins
+    options = f"{database.PARAMETERS['options']} {options}"  # a later -c wins
     ENGINE.dispose()
     try:
-        with mock.patch.dict(cart.PARAMETERS, parameters, options=options):
+        with mock.patch.dict(database.PARAMETERS, parameters, options=options):
             yield
     finally:
         ENGINE.dispose()
@@ -380,6 +382,7 @@ BAD_BODIES = {
     "minus zero": (422, json_line(quantity=b"-0.0")),
     "too much": (422, json_line(quantity=b"2147483648")),
     "too little": (422, json_line(quantity=b"-2147483649")),
+    "not UTF-8 in an unknown field": (400, b'{"product_id": "p", "quantity": 1, "x": "\xff"}'),
 }
 BAD_QUERIES = [
     (422, ["product_id=", "product_id=%00", f"product_id={'p' * 256}", "product_id", "product=p", "&", "="]),
@@ -394,7 +397,7 @@ BAD_PATHS = [
     (404, ["//cart/users/ada", "/cart//users/ada", "/cart/users//ada"]),
 ]
 BAD_MEDIA = [None, "text/plain", "application/x-www-form-urlencoded"]
-BAD_KEYS = ["", '""', "k" * 256, "é", "\t", "\x7f"]
+BAD_KEYS = ["", '""', '" "', "k" * 256, "é", "\t", "\x7f"]
 BAD_REQUESTS: dict[str, tuple[int, dict[str, Any]]] = {
     **{name: (code, {"data": body, "content_type": "application/json"}) for name, (code, body) in BAD_BODIES.items()},
     **{f"as {media}": (415, {"data": json_line(), "content_type": media}) for media in BAD_MEDIA},
@@ -527,10 +530,11 @@ REFUSED: dict[str, dict[str, Any]] = {
     "key_reuse": {"headers": IDEMPOTENT},
     "query": {"query_string": "product=p"},
     "database": {"database": NOWHERE},
+    "too_many": {"places": 0},
     "issuer": {"issuer": tokens.IssuerKeys("http://127.0.0.1:1/keys")},
 }
 # nginx answers these, "unknown" too.
-ELSEWHERE = {"bad_request", "too_large", "too_many", "unknown"}
+ELSEWHERE = {"bad_request", "too_large", "unknown"}
 
 
 def test_the_examples_of_each_operation_are_what_it_answers(guarded: FlaskClient) -> None:
@@ -538,10 +542,15 @@ def test_the_examples_of_each_operation_are_what_it_answers(guarded: FlaskClient
         return reduce(dict.__getitem__, node["$ref"].removeprefix("#/").split("/"), contract)
 
     def call(method: str, user_id: str = "ada", **options: Any) -> Any:
-        claims, database = options.pop("claims", {}), options.pop("database", {})
+        claims, parameters = options.pop("claims", {}), options.pop("database", {})
+        places = {("ada",): BoundedSemaphore(options.pop("places"))} if "places" in options else {}
         sent = token(**{"aud": "carts", "key": options.pop("key", SECRET), **claims})
         headers = {**sent, **options.pop("headers", {})}
-        with reconnected(**database), mock.patch.object(tokens, "ISSUER", options.pop("issuer", None)):
+        with (
+            reconnected(**parameters),
+            mock.patch.multiple(database, cart_places=places, QUEUE_TIMEOUT=0.01),
+            mock.patch.object(tokens, "ISSUER", options.pop("issuer", None)),
+        ):
             return guarded.open(f"/cart/users/{user_id}", method=method, headers=headers, **options).get_json()
 
     assert len(call("POST", json=[change(f"{n:03}", 2) for n in range(500)], headers=IDEMPOTENT)) == 500
@@ -608,7 +617,7 @@ def test_what_a_role_has_set_does_not_matter() -> None:
             cursor = connection.cursor()
             cursor.execute(f"SELECT {', '.join(f'current_setting({name!r})' for name in settings)}")
             assert cursor.fetchone() == ("read committed", "0", "2s")
-            assert cart.execute("SHOW statement_timeout") == [("0",)]
+            assert database.execute("SHOW statement_timeout") == [("0",)]
     finally:
         execute("ALTER ROLE postgres RESET ALL")
 

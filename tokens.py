@@ -1,8 +1,10 @@
 """Whose cart a bearer token opens. It knows no Flask."""
 
 import logging
+import math
 import re
 import sys
+import threading
 import time
 from typing import Any
 
@@ -14,26 +16,49 @@ from werkzeug.exceptions import Forbidden, ServiceUnavailable, Unauthorized
 from settings import SETTINGS
 
 LEEWAY = 30  # seconds by which an issuer's clock may be ahead
+LIFESPAN = 3600  # seconds after which the issuer is asked again for the keys that are known
+COOLDOWN = 10  # seconds after which it is asked again for one that is not
 
 
-class IssuerKeys(jwt.PyJWKClient):
-    """The keys that an issuer publishes (RFC 7517). Known ones count for a day, also while the issuer is away."""
+class IssuerKeys:
+    """The keys that an issuer publishes (RFC 7517). Known ones count on while it is away, or its answer has none."""
 
-    def get_signing_keys(self, refresh: bool = False) -> list[jwt.PyJWK]:
-        try:
-            with gevent.Timeout(3, TimeoutError()):  # PyJWT's timeout is for each part of the answer
-                return super().get_signing_keys(refresh)
-        except Exception as error:  # of the network, of the server, or its answer is no list of keys
-            logging.getLogger(__name__).warning("the issuer's keys: %r", error)
-            raise ServiceUnavailable("The token's key is not known yet. Try again.", retry_after=1) from error
+    def __init__(self, url: str) -> None:
+        self.client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=2)
+        self.keys: dict[str | None, Any] = {}
+        self.fetched_at = -math.inf
+        self.lock = threading.Lock()  # held while the issuer is asked
 
-    def find(self, key_id: str) -> jwt.PyJWK:
-        """Return the key with an id. One that is in the list is found without waiting for a fetch."""
-        return self.match_kid(self.get_signing_keys(), key_id) or self.get_signing_key(key_id)
+    def find(self, key_id: str) -> Any:
+        """Return the key with an id. A known one is returned within half a second, even if the issuer is silent.
+
+        :raise PyJWTError: the issuer has no such key
+        :raise ServiceUnavailable: the issuer does not tell its keys
+        """
+        if key_id not in self.keys:
+            if not self.fetch(COOLDOWN):
+                raise ServiceUnavailable("The token's key is not known yet. Try again.", retry_after=1)
+        elif time.monotonic() - self.fetched_at > LIFESPAN and not self.lock.locked():
+            gevent.spawn(self.fetch, LIFESPAN).join(timeout=0.5)  # if the issuer is quick, a revoked key ends here
+        if key_id not in self.keys:
+            raise jwt.PyJWKClientError("The issuer has no key with its id")
+        return self.keys[key_id]
+
+    def fetch(self, max_age: float) -> bool:
+        """Ask the issuer for its keys, unless another request has just done so; return whether it told them."""
+        with self.lock:
+            if time.monotonic() - self.fetched_at > max_age:
+                try:
+                    with gevent.Timeout(3, TimeoutError()):  # PyJWT's timeout is for each part of the answer
+                        self.keys = {key.key_id: key.key for key in self.client.get_signing_keys()}
+                except Exception as error:  # of the network, of the server, or its answer has no keys
+                    logging.getLogger(__name__).warning("the issuer's keys: %r", error)
+                    return False
+                self.fetched_at = time.monotonic()
+            return True
 
 
-URL = SETTINGS.jwt_jwks_url
-ISSUER = IssuerKeys(URL, lifespan=86400, timeout=2, cooldown_duration=10) if URL else None
+ISSUER = IssuerKeys(SETTINGS.jwt_jwks_url) if SETTINGS.jwt_jwks_url else None
 ALGORITHM = SETTINGS.jwt_algorithm or ("RS256" if ISSUER else "HS256")
 KEY: Any = None
 if SETTINGS.jwt_key:
@@ -63,7 +88,7 @@ def check(authorization: str, user_id: str) -> None:
         claims = jwt.decode(token, key, re.split(", *", ALGORITHM), options={"require": ["exp"]}, **checks)
         if int(claims["exp"]) <= time.time():  # the leeway is for clocks that are ahead, not for old tokens
             raise jwt.ExpiredSignatureError("Signature has expired")
-    except jwt.PyJWTError as error:
+    except (jwt.PyJWTError, TypeError) as error:  # TypeError: the issuer's key is of another kind
         logging.getLogger(__name__).info("a token was refused: %s", type(error).__name__)
         reason = str(error).encode(errors="replace").decode()  # it may repeat a part of the token
         challenge = WWWAuthenticate("bearer", {"error": "invalid_token"})

@@ -1,0 +1,139 @@
+"""How a statement reaches PostgreSQL: over which connection, in whose turn, and for how long it is waited for."""
+
+import re
+from contextlib import closing
+from typing import Any
+from weakref import WeakValueDictionary
+
+import click
+import gevent
+import psycopg2.errors
+from flask_sqlalchemy import SQLAlchemy
+from gevent.lock import BoundedSemaphore
+from gevent.socket import wait_read, wait_write
+from psycopg2.extensions import POLL_OK, POLL_READ
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase
+from werkzeug.exceptions import TooManyRequests
+
+from settings import DATABASE, SETTINGS
+
+QUEUE_TIMEOUT = 2  # seconds for a place to become free
+SILENCE_TIMEOUT = 3  # seconds for each answer of the database; above statement_timeout
+OPTIONS = [
+    "statement_timeout=2s",
+    "lock_timeout=0",
+    "row_security=off",
+    r"default_transaction_isolation=read\ committed",
+]
+PARAMETERS: dict[str, Any] = {
+    "connect_timeout": 3,  # seconds, for commands; a worker's is SILENCE_TIMEOUT
+    "tcp_user_timeout": 3000,  # milliseconds for a peer to confirm what was sent
+    "keepalives_idle": 30,  # seconds
+    "client_encoding": "utf8",
+    "load_balance_hosts": "random",  # or a silent host would be the first one for ever
+    **({"target_session_attrs": "read-write"} if "," in DATABASE.get("host", "") else {}),
+    **DATABASE,
+    "options": " ".join([*(f"-c {option}" for option in OPTIONS), DATABASE.get("options", "")]),  # the last one wins
+}
+STATEMENTS = {
+    "read_cart": "SELECT product_id, quantity FROM cart_items WHERE user_id = $1 ORDER BY product_id",
+    "change_cart": "SELECT change_cart($1, $2::text[], $3::integer[], $4, $5, $6)",
+    "empty_cart": "SELECT empty_cart($1, $2)",
+    "check_carts": "SELECT check_carts()",
+}
+OUTDATED = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)  # a migration; a failover
+
+
+def connect() -> Any:
+    """Return a new connection for the pool, in autocommit: one statement is atomic by itself.
+
+    :raise SQLAlchemyError: no server accepts it, or a table or a function is missing
+    """
+    try:
+        connection = psycopg2.connect(**PARAMETERS)
+        connection.autocommit = True
+        if SETTINGS.database_prepare:
+            connection.cursor().execute("; ".join(f"PREPARE {name} AS {text}" for name, text in STATEMENTS.items()))
+        return connection
+    except psycopg2.Error as error:
+        raise SQLAlchemyError(f"no connection: {error}") from error
+
+
+class Base(DeclarativeBase):
+    """The models' base."""
+
+
+SIZE = SETTINGS.database_pool_size
+POOL = {"creator": connect, "pool_size": SIZE, "max_overflow": 0, "use_native_hstore": False}  # or it is looked for
+db = SQLAlchemy(model_class=Base, engine_options=POOL)
+# Requests wait here for a connection, in turn: in SQLAlchemy's pool alone some wait for long.
+pool_places = BoundedSemaphore(SIZE)
+# A cart's changes first wait here, so that those of one cart leave connections to the others.
+cart_places: WeakValueDictionary[tuple[object, ...], BoundedSemaphore] = WeakValueDictionary()
+
+
+def run_locking(name: str, *values: object) -> list[Any]:
+    """Run a statement that takes a cart's lock, with one of the cart's places: a quarter of the pool's connections.
+
+    :raise TooManyRequests: none of the cart's places became free in time, so the statement was not sent
+    :raise SQLAlchemyError, psycopg2.Error: as `run` says
+    """
+    places = cart_places.setdefault(values[:1], BoundedSemaphore(max(1, SIZE // 4)))  # the first value is the user
+    if not places.acquire(timeout=QUEUE_TIMEOUT):
+        raise TooManyRequests("Too many requests for this cart at once. Nothing was changed. Try again.", retry_after=1)
+    try:
+        return run(name, *values)
+    finally:
+        places.release()
+
+
+def run(name: str, *values: object) -> list[Any]:
+    """Run a statement, committed by the time this returns, and return its rows.
+
+    It uses the driver's cursor: SQLAlchemy Core costs 15 % of a request more, an ORM session several times that.
+
+    :raise SQLAlchemyError: there is no connection in time, so the statement was not sent
+    :raise psycopg2.Error: the database refused the statement, failed, or did not answer in time
+    """
+    if SETTINGS.database_prepare:
+        sql = f"EXECUTE {name} ({', '.join(['%s'] * len(values))})" if values else f"EXECUTE {name}"
+    else:  # through a pooler the next statement may reach a connection on which nothing is prepared
+        sql = re.sub(r"\$\d", "%s", STATEMENTS[name])
+    if not pool_places.acquire(timeout=QUEUE_TIMEOUT):
+        raise SQLAlchemyError("no connection became free in time")
+    try:
+        connection: Any = db.engine.raw_connection()
+        with closing(connection), connection.cursor() as cursor:
+            try:
+                cursor.execute(sql, values)
+                return list(cursor.fetchall())
+            except psycopg2.Error as error:
+                if cursor.connection.closed or isinstance(error, OUTDATED):
+                    connection.invalidate()
+                    db.engine.dispose()  # after a restart, a failover or a migration the idle ones fail too
+                raise
+    finally:
+        pool_places.release()
+
+
+def wait(connection: Any) -> None:
+    """Let other requests run until the database answers. If it does not in time psycopg2 closes the connection."""
+    with gevent.Timeout(SILENCE_TIMEOUT, psycopg2.OperationalError("no answer from the database in time")):
+        while (state := connection.poll()) != POLL_OK:
+            (wait_read if state == POLL_READ else wait_write)(connection.fileno())
+
+
+def execute(sql: str, *values: object) -> list[Any]:
+    """Run SQL of a command for as long as it takes, over a connection of its own, and return its rows.
+
+    :raise ClickException: the database refused it or failed; what it said is put into one line
+    """
+    parameters = {**PARAMETERS, "options": f"{PARAMETERS['options']} -c statement_timeout=0"}
+    try:
+        with closing(psycopg2.connect(**parameters)) as connection, connection.cursor() as cursor:
+            connection.autocommit = True
+            cursor.execute(sql, values or None)
+            return list(cursor.fetchall()) if cursor.description else []
+    except psycopg2.Error as error:
+        raise click.ClickException(error.diag.message_primary or " ".join(str(error).split())) from error
