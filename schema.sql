@@ -123,14 +123,15 @@ END
 $$;
 
 -- Removes the carts in which no line was added or changed for a number of days (none if `days` is NULL), each in a
--- transaction of its own, then the keys that count no longer; returns how many of both. It leaves a cart that is in use
--- at the moment for the next call. A crash may bring back what it removed last (synchronous_commit), and the next call
--- removes it again.
+-- transaction of its own, then the keys that count no longer, ten thousand in a transaction, so that one that is used
+-- again waits for few; returns how many of both. It leaves a cart that is in use at the moment for the next call. A
+-- crash may bring back what it removed last (synchronous_commit), and the next call removes it again.
 CREATE OR REPLACE PROCEDURE expire(days integer, INOUT carts bigint DEFAULT 0, INOUT keys bigint DEFAULT 0)
 LANGUAGE plpgsql AS $$
 DECLARE
     of_user text;
     free_lines bigint;
+    removed bigint;
 BEGIN
     FOR of_user IN
         SELECT user_id FROM cart_items GROUP BY user_id HAVING max(updated_at) < now() - make_interval(days => days)
@@ -153,9 +154,18 @@ BEGIN
         END IF;
         COMMIT;
     END LOOP;
-    SET LOCAL synchronous_commit = off;
-    DELETE FROM idempotency_keys WHERE created_at <= now() - interval '24 hours';
-    GET DIAGNOSTICS keys = ROW_COUNT;
+    LOOP
+        SET LOCAL synchronous_commit = off;
+        DELETE FROM idempotency_keys AS old USING (
+            SELECT user_id, key FROM idempotency_keys WHERE created_at <= now() - interval '24 hours'
+            ORDER BY created_at LIMIT 10000
+        ) AS oldest
+        WHERE old.user_id = oldest.user_id AND old.key = oldest.key AND old.created_at <= now() - interval '24 hours';
+        GET DIAGNOSTICS removed = ROW_COUNT;
+        keys = keys + removed;
+        COMMIT;
+        EXIT WHEN removed = 0;
+    END LOOP;
 END
 $$;
 
