@@ -1,6 +1,7 @@
 """Shopping carts over HTTP, kept in PostgreSQL.
 
-    POST   /cart/users/{user_id}                   change a line of the cart, or a list of lines together
+    POST   /cart/users/{user_id}                   add to a line of the cart, or to a list of lines together
+    PATCH  /cart/users/{user_id}                   set the quantity of a line, or of a list of lines together
     GET    /cart/users/{user_id}                   read the cart
     DELETE /cart/users/{user_id}[?product_id=...]  empty the cart, or remove one line
     GET    /healthz                                tell whether the carts can be used
@@ -26,7 +27,7 @@ from flask_cors import CORS
 from flask_swagger_ui import get_swaggerui_blueprint
 from msgspec import Meta
 from sqlalchemy.orm import Mapped, mapped_column
-from werkzeug.exceptions import HTTPException, ServiceUnavailable
+from werkzeug.exceptions import Conflict, HTTPException, ServiceUnavailable, UnprocessableEntity
 
 import tokens
 from database import db, execute, run, run_locking
@@ -41,7 +42,7 @@ if SETTINGS.cors_origins is not None:
     # As patterns, because flask-cors takes a text with brackets, as IPv6 has, for a pattern of its own.
     origins = [o if o == "*" else re.compile(rf"{re.escape(o)}\Z") for o in re.split(", *", SETTINGS.cors_origins)]
     exposed = ["Retry-After", "WWW-Authenticate", "X-Request-Id"]
-    CORS(app, origins=origins, methods=["GET", "POST", "DELETE"], expose_headers=exposed, max_age=600)
+    CORS(app, origins=origins, methods=["GET", "POST", "PATCH", "DELETE"], expose_headers=exposed, max_age=600)
 
 
 class CartItem(db.Model):  # type: ignore[name-defined, misc]
@@ -53,40 +54,58 @@ class CartItem(db.Model):  # type: ignore[name-defined, misc]
     product_id: Mapped[str] = mapped_column(sa.Text(collation="C"), primary_key=True)
     quantity: Mapped[int]
     updated_at: Mapped[datetime] = mapped_column(sa.DateTime(timezone=True), server_default=sa.func.now())
+    added_at: Mapped[datetime] = mapped_column(sa.DateTime(timezone=True), server_default=sa.func.clock_timestamp())
 
 
 # What a request may hold
 
 MAX_LINES = 500
+MAX_QUANTITY = 2**31 - 1
 Id = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^\0]*$")]
-Integer = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
-WholeNumber = Integer | Annotated[float, Meta(ge=-(2**31), le=2**31 - 1, multiple_of=1)]  # 2.0 is an integer in JSON
 
 
-class Change(msgspec.Struct):
-    """By how much the quantity of a product changes."""
+class Addition(msgspec.Struct):
+    """A product, and what is added to its quantity, or taken away if it is negative."""
 
     product_id: Id
-    quantity: WholeNumber
+    # 2.0 is an integer in JSON Schema too.
+    quantity: (
+        Annotated[int, Meta(ge=-MAX_QUANTITY - 1, le=MAX_QUANTITY)]
+        | Annotated[float, Meta(ge=-MAX_QUANTITY - 1, le=MAX_QUANTITY, multiple_of=1)]
+    )
 
     def __post_init__(self) -> None:
         if self.quantity == 0:
             raise ValueError("`quantity` must not be 0")
 
 
-body_decoder = msgspec.json.Decoder(Change | Annotated[list[Change], Meta(min_length=1, max_length=MAX_LINES)])
+class Setting(msgspec.Struct):
+    """A product, and its quantity from now on; with 0 its line is removed."""
+
+    product_id: Id
+    quantity: Annotated[int, Meta(ge=0, le=MAX_QUANTITY)] | Annotated[float, Meta(ge=0, le=MAX_QUANTITY, multiple_of=1)]
+
+
+Lines = Meta(min_length=1, max_length=MAX_LINES)
+add_decoder = msgspec.json.Decoder(Addition | Annotated[list[Addition], Lines])
+set_decoder = msgspec.json.Decoder(Setting | Annotated[list[Setting], Lines])
 
 
 # Errors
 
-UNKNOWN = "It is not known whether the change was made. DELETE, and POST with an Idempotency-Key, are safe to repeat."
+UNKNOWN = "It is not known whether the change was made. POST and PATCH with an Idempotency-Key are safe to repeat."
 
 
 @app.errorhandler(HTTPException)
-def problem(error: HTTPException) -> Response:
-    """Answer an error with a problem document (RFC 9457), and with the headers of its status."""
+def problem(error: HTTPException, code: str | None = None) -> Response:
+    """Answer an error with a problem document (RFC 9457), and with the headers of its status.
+
+    `code` is for programs: which of the reasons of its status an error has.
+    """
     document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
-    headers = {**dict(error.get_headers()), "Content-Type": "application/problem+json"}
+    if code := code or {422: "invalid", 503: "unchanged"}.get(error.code or 0):
+        document["code"] = code
+    headers = {**dict(error.get_headers()), "Content-Type": "application/problem+json", "Cache-Control": "no-store"}
     return Response(msgspec.json.encode(document), error.code, headers)
 
 
@@ -106,7 +125,7 @@ def unavailable(error: Exception) -> Response:
     is_lost = isinstance(error, psycopg2.Error) and (error.pgcode or "08").startswith(("08", "57P"))
     is_known = not is_lost or request.method in ("GET", "HEAD")
     detail = f"The carts are not available at the moment. {'Nothing was changed. Try again.' if is_known else UNKNOWN}"
-    return problem(ServiceUnavailable(detail, retry_after=1))
+    return problem(ServiceUnavailable(detail, retry_after=1), "unchanged" if is_known else "unknown")
 
 
 # The checks of a request
@@ -152,8 +171,8 @@ def parse_key() -> str | None:
     return key
 
 
-def parse_body() -> Any:
-    """Return the Change, or the list of them, that is the request's body in JSON (RFC 8259).
+def parse_body(decoder: msgspec.json.Decoder[Any]) -> Any:
+    """Return what a decoder makes of the request's body, in JSON (RFC 8259): a line or a list of them.
 
     :raise UnsupportedMediaType: the body is not said to be JSON
     :raise RequestEntityTooLarge: it is larger than 1 MiB
@@ -163,7 +182,7 @@ def parse_body() -> Any:
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        return body_decoder.decode(request.get_data(cache=False).decode())  # all of it is UTF-8
+        return decoder.decode(request.get_data(cache=False).decode())  # all of it is UTF-8
     except msgspec.ValidationError as error:
         abort(422, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -191,39 +210,46 @@ def parse_query() -> str | None:
 
 
 def answer(document: object) -> Response:
-    """Return a JSON response."""
-    return Response(msgspec.json.encode(document), content_type="application/json")
+    """Return a JSON response that no browser shows again without asking."""
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    return Response(msgspec.json.encode(document), headers=headers)
 
 
 @app.post("/cart/users/<user_id>")
-def add_item(user_id: str) -> Response:
-    """Add to a line of the cart, or take from it, and return its new total. The changes of a list are made together.
+@app.patch("/cart/users/<user_id>")
+def change_cart(user_id: str) -> Response:
+    """Add to a line of the cart (POST) or set it (PATCH), and return its new total. A list's lines change together.
 
     :raise Conflict: a total would be above 2147483647, or a new line would be one too many
-    :raise UnprocessableEntity: a change is invalid, or the key was used with another body
+    :raise UnprocessableEntity: a line is invalid, or the key was used with another method or body
     """
-    key, body = parse_key(), parse_body()
+    is_set = request.method == "PATCH"
+    key, body = parse_key(), parse_body(set_decoder if is_set else add_decoder)
     is_list = isinstance(body, list)
-    changes = [(change.product_id, int(change.quantity)) for change in (body if is_list else [body])]
-    product_ids, quantities = [product_id for product_id, _ in changes], [quantity for _, quantity in changes]
+    lines = [(line.product_id, int(line.quantity)) for line in (body if is_list else [body])]
+    product_ids, quantities = [product_id for product_id, _ in lines], [quantity for _, quantity in lines]
     # A key belongs to the changes, however they were written: 2.0 is 2.
-    digest = hashlib.sha256(msgspec.json.encode(changes if is_list else changes[0])).digest() if key else None
+    changes = lines if is_list else lines[0]
+    digest = hashlib.sha256(msgspec.json.encode({"set": changes} if is_set else changes)).digest() if key else None
     try:
-        [(totals,)] = run_locking("change_cart", user_id, product_ids, quantities, MAX_LINES, key, digest)
+        [(totals,)] = run_locking("change_cart", user_id, is_set, product_ids, quantities, MAX_LINES, key, digest)
     except psycopg2.errors.UniqueViolation:  # 23505
-        abort(422, "Idempotency-Key was used with another body.")
+        return problem(UnprocessableEntity("Idempotency-Key was used with another method or body."), "key_reused")
     except (psycopg2.errors.NumericValueOutOfRange, psycopg2.errors.ProgramLimitExceeded) as error:  # 22003, 54000
         is_full = isinstance(error, psycopg2.errors.ProgramLimitExceeded)
-        reason = f"The cart is full: {MAX_LINES} lines" if is_full else "The line's total would be above 2147483647"
+        reason = (
+            f"The cart is full: {MAX_LINES} lines" if is_full else f"The line's total would be above {MAX_QUANTITY}"
+        )
         # DETAIL is the place of the change, from 1. Places are named as msgspec names them.
-        abort(409, f"{reason} - at `$[{int(error.diag.message_detail or 1) - 1}]`" if is_list else reason)
+        detail = f"{reason} - at `$[{int(error.diag.message_detail or 1) - 1}]`" if is_list else reason
+        return problem(Conflict(detail), "cart_full" if is_full else "total_too_large")
     answers = [{"product_id": product, "quantity": total} for product, total in zip(product_ids, totals, strict=True)]
     return answer(answers if is_list else {"user_id": user_id, **answers[0]})
 
 
 @app.get("/cart/users/<user_id>")
 def get_cart(user_id: str) -> Response:
-    """Return the lines of the cart, ordered by product.
+    """Return the lines of the cart, in the order in which they were added.
 
     :raise NotFound: the cart is empty
     """

@@ -37,8 +37,8 @@ PARAMETERS: dict[str, Any] = {
     "options": " ".join([*(f"-c {option}" for option in OPTIONS), DATABASE.get("options", "")]),  # the last one wins
 }
 STATEMENTS = {
-    "read_cart": "SELECT product_id, quantity FROM cart_items WHERE user_id = $1 ORDER BY product_id",
-    "change_cart": "SELECT change_cart($1, $2::text[], $3::integer[], $4, $5, $6)",
+    "read_cart": "SELECT product_id, quantity FROM cart_items WHERE user_id = $1 ORDER BY added_at, product_id",
+    "change_cart": "SELECT change_cart($1, $2, $3::text[], $4::integer[], $5, $6, $7)",
     "empty_cart": "SELECT empty_cart($1, $2)",
     "check_carts": "SELECT check_carts()",
 }

@@ -41,24 +41,31 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 );
 CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
 
--- The next version changes a table here, so that a new database and an upgraded one are alike, and only in ways that
--- the version before can live with. A function with other parameters comes beside the old one, which a later version
--- drops. The schema that was released goes to testdata/, from where the tests upgrade it. As an example:
---     ALTER TABLE cart_items ADD COLUMN IF NOT EXISTS note text;
---     ALTER TABLE cart_items DROP CONSTRAINT IF EXISTS cart_items_note_length;
---     ALTER TABLE cart_items ADD CONSTRAINT cart_items_note_length CHECK (char_length(note) <= 200) NOT VALID;
+-- A new version changes a table here, so that a new database and an upgraded one are alike, and only in ways that the
+-- version before can live with. A function with other parameters comes beside the old one, which a later version drops.
+-- The schema that was released goes to testdata/, from where the tests upgrade it.
+
+-- 4.0.0: when a line was made, for the cart's order. The lines that are there get one time, without a rewrite of the
+-- table. IF NOT EXISTS in ADD COLUMN would take the table's lock even if there is nothing to do.
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cart_items'::regclass AND attname = 'added_at') THEN
+        ALTER TABLE cart_items ADD COLUMN added_at timestamptz NOT NULL DEFAULT now();
+        ALTER TABLE cart_items ALTER COLUMN added_at SET DEFAULT clock_timestamp(); -- the lines of a list differ
+    END IF;
+END $$;
 
 -- Each function that writes to a cart first takes the lock of its user. So no two of them wait for each other, each
 -- sees all or nothing of another, and what a function has read stays true until it ends.
 
--- Makes changes of a cart in the order of the list, and returns each line's new total in that order. If one cannot be
--- made none is: the error's DETAIL is its place in the list. cart.py answers these errors by their SQLSTATE:
+-- Adds amounts to lines of a cart, or sets lines to them, in the order of the list; returns the lines' new totals in that
+-- order. If one cannot be changed none is: the error's DETAIL is its place. cart.py answers these errors by SQLSTATE:
 --   numeric_value_out_of_range  22003  the line's total would be above the largest integer
 --   program_limit_exceeded      54000  the line would be a new one in a cart of `max_lines` lines
 --   unique_violation            23505  the key was used with another request
 -- With a key (not NULL) the list counts once in 24 hours; later calls return what the first one did.
 CREATE OR REPLACE FUNCTION change_cart(
-    of_user text, product_ids text[], changes integer[], max_lines integer, with_key text, for_request bytea
+    of_user text, is_set boolean, product_ids text[], amounts integer[], max_lines integer, with_key text,
+    for_request bytea
 ) RETURNS integer[] LANGUAGE plpgsql AS $$
 DECLARE
     lines integer; -- how many the cart has; NULL if they are not counted yet
@@ -81,7 +88,7 @@ BEGIN
     END IF;
     FOR place IN 1 .. cardinality(product_ids) LOOP
         SELECT quantity INTO before FROM cart_items WHERE user_id = of_user AND product_id = product_ids[place];
-        total = greatest(coalesce(before, 0)::bigint + changes[place], 0);
+        total = greatest(CASE WHEN is_set THEN 0 ELSE coalesce(before, 0) END::bigint + amounts[place], 0);
         IF total > 2147483647 THEN
             RAISE numeric_value_out_of_range USING DETAIL = place;
         ELSIF total = 0 THEN
@@ -112,6 +119,11 @@ BEGIN
     RETURN totals;
 END
 $$;
+
+-- As 3.0.0 calls it. The next version drops it.
+CREATE OR REPLACE FUNCTION change_cart(
+    of_user text, product_ids text[], changes integer[], max_lines integer, with_key text, for_request bytea
+) RETURNS integer[] LANGUAGE sql AS 'SELECT change_cart($1, false, $2, $3, $4, $5, $6)';
 
 -- Removes a product's line, or all lines of the cart if no product is named (NULL); returns whether there were any.
 CREATE OR REPLACE FUNCTION empty_cart(of_user text, of_product text) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -169,14 +181,16 @@ BEGIN
 END
 $$;
 
--- Changes nothing, but fails if the service cannot change the carts: a table, a function or a right is missing,
--- or the server only reads. No cart has the empty user.
+-- Changes nothing, but fails if the service cannot change the carts: a table, its key, a function or a right is
+-- missing, or the server only reads. No cart has the empty user.
 CREATE OR REPLACE FUNCTION check_carts() RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM change_cart('', '{}', '{}', 0, NULL, NULL), empty_cart('', NULL);
-    INSERT INTO cart_items SELECT * FROM cart_items WHERE user_id = '';
+    PERFORM change_cart('', false, '{}', '{}', 0, NULL, NULL), empty_cart('', NULL);
+    INSERT INTO cart_items SELECT * FROM cart_items WHERE user_id = ''
+    ON CONFLICT ON CONSTRAINT cart_items_pkey DO NOTHING;
     UPDATE cart_items SET quantity = quantity, updated_at = updated_at WHERE user_id = '';
-    INSERT INTO idempotency_keys SELECT * FROM idempotency_keys WHERE user_id = '';
+    INSERT INTO idempotency_keys SELECT * FROM idempotency_keys WHERE user_id = ''
+    ON CONFLICT ON CONSTRAINT idempotency_keys_pkey DO NOTHING;
     UPDATE idempotency_keys SET request = request, quantities = quantities WHERE user_id = '';
     DELETE FROM idempotency_keys WHERE user_id = '';
 END
