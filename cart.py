@@ -60,35 +60,34 @@ class CartItem(db.Model):  # type: ignore[name-defined, misc]
 # What a request may hold
 
 MAX_LINES = 500
-MAX_QUANTITY = 2**31 - 1
+MAX = 2**31 - 1  # of PostgreSQL's integer
 Id = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^\0]*$")]
+# To JSON Schema 2.0 is an integer too.
+Amount = Annotated[int, Meta(ge=-MAX - 1, le=MAX)] | Annotated[float, Meta(ge=-MAX - 1, le=MAX, multiple_of=1)]
+Quantity = Annotated[int, Meta(ge=0, le=MAX)] | Annotated[float, Meta(ge=0, le=MAX, multiple_of=1)]
 
 
 class Addition(msgspec.Struct):
-    """A product, and what is added to its quantity, or taken away if it is negative."""
+    """A product, and how many are added, or taken away if the quantity is negative."""
 
     product_id: Id
-    # 2.0 is an integer in JSON Schema too.
-    quantity: (
-        Annotated[int, Meta(ge=-MAX_QUANTITY - 1, le=MAX_QUANTITY)]
-        | Annotated[float, Meta(ge=-MAX_QUANTITY - 1, le=MAX_QUANTITY, multiple_of=1)]
-    )
+    quantity: Amount
 
     def __post_init__(self) -> None:
         if self.quantity == 0:
             raise ValueError("`quantity` must not be 0")
 
 
-class Setting(msgspec.Struct):
-    """A product, and its quantity from now on; with 0 its line is removed."""
+class NewQuantity(msgspec.Struct):
+    """A product, and its quantity from now on; 0 removes its line."""
 
     product_id: Id
-    quantity: Annotated[int, Meta(ge=0, le=MAX_QUANTITY)] | Annotated[float, Meta(ge=0, le=MAX_QUANTITY, multiple_of=1)]
+    quantity: Quantity
 
 
 Lines = Meta(min_length=1, max_length=MAX_LINES)
 add_decoder = msgspec.json.Decoder(Addition | Annotated[list[Addition], Lines])
-set_decoder = msgspec.json.Decoder(Setting | Annotated[list[Setting], Lines])
+set_decoder = msgspec.json.Decoder(NewQuantity | Annotated[list[NewQuantity], Lines])
 
 
 # Errors
@@ -238,7 +237,7 @@ def change_cart(user_id: str) -> Response:
     except (psycopg2.errors.NumericValueOutOfRange, psycopg2.errors.ProgramLimitExceeded) as error:  # 22003, 54000
         is_full = isinstance(error, psycopg2.errors.ProgramLimitExceeded)
         reason = (
-            f"The cart is full: {MAX_LINES} lines" if is_full else f"The line's total would be above {MAX_QUANTITY}"
+            f"The cart is full: {MAX_LINES} lines" if is_full else f"The line's total would be above {MAX}"
         )
         # DETAIL is the place of the change, from 1. Places are named as msgspec names them.
         detail = f"{reason} - at `$[{int(error.diag.message_detail or 1) - 1}]`" if is_list else reason

@@ -57,7 +57,7 @@ END $$;
 -- Each function that writes to a cart first takes the lock of its user. So no two of them wait for each other, each
 -- sees all or nothing of another, and what a function has read stays true until it ends.
 
--- Adds amounts to lines of a cart, or sets lines to them, in the order of the list; returns the lines' new totals in that
+-- Adds amounts to lines of a cart, or sets the lines to them, in the order of the list; returns the new totals in that
 -- order. If one cannot be changed none is: the error's DETAIL is its place. cart.py answers these errors by SQLSTATE:
 --   numeric_value_out_of_range  22003  the line's total would be above the largest integer
 --   program_limit_exceeded      54000  the line would be a new one in a cart of `max_lines` lines
