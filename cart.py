@@ -236,9 +236,7 @@ def change_cart(user_id: str) -> Response:
         return problem(UnprocessableEntity("Idempotency-Key was used with another method or body."), "key_reused")
     except (psycopg2.errors.NumericValueOutOfRange, psycopg2.errors.ProgramLimitExceeded) as error:  # 22003, 54000
         is_full = isinstance(error, psycopg2.errors.ProgramLimitExceeded)
-        reason = (
-            f"The cart is full: {MAX_LINES} lines" if is_full else f"The line's total would be above {MAX}"
-        )
+        reason = f"The cart is full: {MAX_LINES} lines" if is_full else f"The line's total would be above {MAX}"
         # DETAIL is the place of the change, from 1. Places are named as msgspec names them.
         detail = f"{reason} - at `$[{int(error.diag.message_detail or 1) - 1}]`" if is_list else reason
         return problem(Conflict(detail), "cart_full" if is_full else "total_too_large")
