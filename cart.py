@@ -227,7 +227,7 @@ def change_cart(user_id: str) -> Response:
     is_list = isinstance(body, list)
     lines = [(line.product_id, int(line.quantity)) for line in (body if is_list else [body])]
     product_ids, quantities = [product_id for product_id, _ in lines], [quantity for _, quantity in lines]
-    # A key belongs to the changes, however they were written: 2.0 is 2.
+    # A key belongs to the method and the changes, however they were written: 2.0 is 2.
     changes = lines if is_list else lines[0]
     digest = hashlib.sha256(msgspec.json.encode({"set": changes} if is_set else changes)).digest() if key else None
     try:
