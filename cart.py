@@ -210,8 +210,9 @@ def parse_query() -> str | None:
 
 def answer(document: object) -> Response:
     """Return a JSON response that no browser shows again without asking."""
-    headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-    return Response(msgspec.json.encode(document), headers=headers)
+    response = Response(msgspec.json.encode(document), content_type="application/json")
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 @app.post("/cart/users/<user_id>")

@@ -65,8 +65,9 @@ class Base(DeclarativeBase):
 
 
 SIZE = SETTINGS.database_pool_size
-POOL = {"creator": connect, "pool_size": SIZE, "max_overflow": 0, "use_native_hstore": False}  # or it is looked for
-db = SQLAlchemy(model_class=Base, engine_options=POOL)
+POOL = {"creator": connect, "pool_size": SIZE, "max_overflow": 0}
+# In autocommit a connection that comes back has nothing to reset. A new one would look for hstore.
+db = SQLAlchemy(model_class=Base, engine_options={**POOL, "pool_reset_on_return": None, "use_native_hstore": False})
 # Requests wait here for a connection, in turn: in SQLAlchemy's pool alone some wait for long.
 pool_places = BoundedSemaphore(SIZE)
 # A cart's changes first wait here, so that those of one cart leave connections to the others.
