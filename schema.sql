@@ -27,6 +27,20 @@ CREATE TABLE IF NOT EXISTS cart_items (
     CONSTRAINT cart_items_quantity_positive CHECK (quantity > 0)
 );
 
+-- A new version changes a table here, so that a new database and an upgraded one are alike, and only in ways that the
+-- version before can live with. A function with other parameters comes beside the old one, which a later version drops.
+-- The schema that was released goes to testdata/, from where the tests upgrade it.
+
+-- 4.0.0: when a line was made, for the cart's order. The lines that are there get one time, without a rewrite of the
+-- table. IF NOT EXISTS in ADD COLUMN would take the table's lock even if there is nothing to do. The tables are locked in
+-- the order in which change_cart writes to them, or both would wait for each other.
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cart_items'::regclass AND attname = 'added_at') THEN
+        ALTER TABLE cart_items ADD COLUMN added_at timestamptz NOT NULL DEFAULT now();
+        ALTER TABLE cart_items ALTER COLUMN added_at SET DEFAULT clock_timestamp(); -- the lines of a list differ
+    END IF;
+END $$;
+
 -- The keys of changes that must count once however often they are sent, with what was asked and answered.
 CREATE TABLE IF NOT EXISTS idempotency_keys (
     user_id    text COLLATE "C" NOT NULL,
@@ -40,19 +54,6 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
     CONSTRAINT idempotency_keys_request_length CHECK (octet_length(request) = 32)
 );
 CREATE INDEX IF NOT EXISTS idempotency_keys_created_at ON idempotency_keys (created_at);
-
--- A new version changes a table here, so that a new database and an upgraded one are alike, and only in ways that the
--- version before can live with. A function with other parameters comes beside the old one, which a later version drops.
--- The schema that was released goes to testdata/, from where the tests upgrade it.
-
--- 4.0.0: when a line was made, for the cart's order. The lines that are there get one time, without a rewrite of the
--- table. IF NOT EXISTS in ADD COLUMN would take the table's lock even if there is nothing to do.
-DO $$ BEGIN
-    IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cart_items'::regclass AND attname = 'added_at') THEN
-        ALTER TABLE cart_items ADD COLUMN added_at timestamptz NOT NULL DEFAULT now();
-        ALTER TABLE cart_items ALTER COLUMN added_at SET DEFAULT clock_timestamp(); -- the lines of a list differ
-    END IF;
-END $$;
 
 -- Each function that writes to a cart first takes the lock of its user. So no two of them wait for each other, each
 -- sees all or nothing of another, and what a function has read stays true until it ends.
@@ -134,10 +135,9 @@ BEGIN
 END
 $$;
 
--- Removes the carts in which no line was added or changed for a number of days (none if `days` is NULL), each in a
--- transaction of its own, then the keys that count no longer, ten thousand in a transaction, so that one that is used
--- again waits for few; returns how many of both. It leaves a cart that is in use at the moment for the next call. A
--- crash may bring back what it removed last (synchronous_commit), and the next call removes it again.
+-- Removes the carts in which no line was added or changed for a number of days (none if `days` is NULL), one in a
+-- transaction, then the keys that count no longer, ten thousand in a transaction; returns how many of both. It leaves a
+-- cart that is in use for the next call. A crash may bring back what it removed last (synchronous_commit).
 CREATE OR REPLACE PROCEDURE expire(days integer, INOUT carts bigint DEFAULT 0, INOUT keys bigint DEFAULT 0)
 LANGUAGE plpgsql AS $$
 DECLARE
