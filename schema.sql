@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS cart_items (
 -- The schema that was released goes to testdata/, from where the tests upgrade it.
 
 -- 4.0.0: when a line was made, for the cart's order. The lines that are there get one time, without a rewrite of the
--- table. IF NOT EXISTS in ADD COLUMN would lock the table even if there is nothing to do. Tables are locked in the order
+-- table. ADD COLUMN IF NOT EXISTS would lock the table even if there is nothing to do. Tables are locked in the order
 -- in which change_cart writes to them: in another one they would wait for each other.
 DO $$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cart_items'::regclass AND attname = 'added_at') THEN
