@@ -62,7 +62,7 @@ class CartItem(db.Model):  # type: ignore[name-defined, misc]
 MAX_LINES = 500
 MAX = 2**31 - 1  # of PostgreSQL's integer
 Id = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[^\0]*$")]
-# To JSON Schema 2.0 is an integer too.
+# JSON Schema counts 2.0 as an integer.
 Amount = Annotated[int, Meta(ge=-MAX - 1, le=MAX)] | Annotated[float, Meta(ge=-MAX - 1, le=MAX, multiple_of=1)]
 Quantity = Annotated[int, Meta(ge=0, le=MAX)] | Annotated[float, Meta(ge=0, le=MAX, multiple_of=1)]
 
@@ -85,9 +85,9 @@ class NewQuantity(msgspec.Struct):
     quantity: Quantity
 
 
-Lines = Meta(min_length=1, max_length=MAX_LINES)
-add_decoder = msgspec.json.Decoder(Addition | Annotated[list[Addition], Lines])
-set_decoder = msgspec.json.Decoder(NewQuantity | Annotated[list[NewQuantity], Lines])
+Length = Meta(min_length=1, max_length=MAX_LINES)
+add_decoder = msgspec.json.Decoder(Addition | Annotated[list[Addition], Length])
+set_decoder = msgspec.json.Decoder(NewQuantity | Annotated[list[NewQuantity], Length])
 
 
 # Errors
@@ -120,8 +120,8 @@ def unavailable(error: Exception) -> Response:
     if isinstance(error, psycopg2.IntegrityError | psycopg2.DataError):
         raise error
     app.logger.error("%r", error)
-    # Without an SQLSTATE, or with these, the connection was lost before the server said what became of the statement.
-    is_lost = isinstance(error, psycopg2.Error) and (error.pgcode or "08").startswith(("08", "57P"))
+    # No SQLSTATE, class 08 and 57P...: the connection was lost, and nobody knows what became of the statement.
+    is_lost = isinstance(error, psycopg2.Error) and (not error.pgcode or error.pgcode.startswith(("08", "57P")))
     is_known = not is_lost or request.method in ("GET", "HEAD")
     detail = f"The carts are not available at the moment. {'Nothing was changed. Try again.' if is_known else UNKNOWN}"
     return problem(ServiceUnavailable(detail, retry_after=1), "unchanged" if is_known else "unknown")
@@ -153,7 +153,7 @@ def check_user() -> None:
     if user_id is None or request.method == "OPTIONS":
         return
     if "\ufffd" in user_id:
-        abort(400, "user_id must be UTF-8.")
+        abort(400, "user_id must be UTF-8, without U+FFFD.")
     check_id("user_id", user_id)
     if tokens.KEY or tokens.ISSUER:
         tokens.check(request.headers.get("Authorization", ""), user_id)
@@ -181,7 +181,7 @@ def parse_body(decoder: msgspec.json.Decoder[Any]) -> Any:
     if request.mimetype != "application/json":
         abort(415, "The body must be application/json.")
     try:
-        return decoder.decode(request.get_data(cache=False).decode())  # all of it is UTF-8
+        return decoder.decode(request.get_data(cache=False).decode())  # or members that are ignored might not be UTF-8
     except msgspec.ValidationError as error:
         abort(422, str(error))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -209,7 +209,7 @@ def parse_query() -> str | None:
 
 
 def answer(document: object) -> Response:
-    """Return a JSON response that no browser shows again without asking."""
+    """Return a JSON response that browsers do not store."""
     response = Response(msgspec.json.encode(document), content_type="application/json")
     response.headers["Cache-Control"] = "no-store"
     return response
@@ -228,7 +228,7 @@ def change_cart(user_id: str) -> Response:
     is_list = isinstance(body, list)
     lines = [(line.product_id, int(line.quantity)) for line in (body if is_list else [body])]
     product_ids, quantities = [product_id for product_id, _ in lines], [quantity for _, quantity in lines]
-    # A key belongs to the method and the changes, however they were written: 2.0 is 2.
+    # A key belongs to the method and the parsed changes: 2.0 is 2. For POST the digest is the one of 3.0.0.
     changes = lines if is_list else lines[0]
     digest = hashlib.sha256(msgspec.json.encode({"set": changes} if is_set else changes)).digest() if key else None
     try:

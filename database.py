@@ -31,7 +31,7 @@ PARAMETERS: dict[str, Any] = {
     "tcp_user_timeout": 3000,  # milliseconds for a peer to confirm what was sent
     "keepalives_idle": 30,  # seconds
     "client_encoding": "utf8",
-    "load_balance_hosts": "random",  # or a silent host would be the first one for ever
+    "load_balance_hosts": "random",  # so that a silent host is not always the first
     **({"target_session_attrs": "read-write"} if "," in DATABASE.get("host", "") else {}),
     **DATABASE,
     "options": " ".join([*(f"-c {option}" for option in OPTIONS), DATABASE.get("options", "")]),  # the last one wins
@@ -42,7 +42,7 @@ STATEMENTS = {
     "empty_cart": "SELECT empty_cart($1, $2)",
     "check_carts": "SELECT check_carts()",
 }
-OUTDATED = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)  # a migration; a failover
+OUTDATED = (psycopg2.errors.FeatureNotSupported, psycopg2.errors.ReadOnlySqlTransaction)  # an old plan; a standby
 
 
 def connect() -> Any:
@@ -64,13 +64,13 @@ class Base(DeclarativeBase):
     """The models' base."""
 
 
-SIZE = SETTINGS.database_pool_size
-POOL = {"creator": connect, "pool_size": SIZE, "max_overflow": 0}
-# In autocommit a connection that comes back has nothing to reset. A new one would look for hstore.
+POOL_SIZE = SETTINGS.database_pool_size
+POOL = {"creator": connect, "pool_size": POOL_SIZE, "max_overflow": 0}
+# In autocommit there is nothing to reset, and hstore, which each new connection would look for, is not used.
 db = SQLAlchemy(model_class=Base, engine_options={**POOL, "pool_reset_on_return": None, "use_native_hstore": False})
-# Requests wait here for a connection, in turn: in SQLAlchemy's pool alone some wait for long.
-pool_places = BoundedSemaphore(SIZE)
-# A cart's changes first wait here, so that those of one cart leave connections to the others.
+# Requests wait here for a connection, first come, first served: SQLAlchemy's pool is not fair.
+pool_places = BoundedSemaphore(POOL_SIZE)
+# Changes wait here before, for a place of their cart, so that one cart leaves connections to the others.
 cart_places: WeakValueDictionary[tuple[object, ...], BoundedSemaphore] = WeakValueDictionary()
 
 
@@ -80,7 +80,7 @@ def run_locking(name: str, *values: object) -> list[Any]:
     :raise TooManyRequests: none of the cart's places became free in time, so the statement was not sent
     :raise SQLAlchemyError, psycopg2.Error: as `run` says
     """
-    places = cart_places.setdefault(values[:1], BoundedSemaphore(max(1, SIZE // 4)))  # the first value is the user
+    places = cart_places.setdefault(values[:1], BoundedSemaphore(max(1, POOL_SIZE // 4)))  # the first value is the user
     if not places.acquire(timeout=QUEUE_TIMEOUT):
         raise TooManyRequests("Too many requests for this cart at once. Nothing was changed. Try again.", retry_after=1)
     try:
@@ -119,7 +119,7 @@ def run(name: str, *values: object) -> list[Any]:
 
 
 def wait(connection: Any) -> None:
-    """Let other requests run until the database answers. If it does not in time psycopg2 closes the connection."""
+    """Let other requests run until the database answers (gunicorn.conf.py sets it). A timeout ends the connection."""
     with gevent.Timeout(SILENCE_TIMEOUT, psycopg2.OperationalError("no answer from the database in time")):
         while (state := connection.poll()) != POLL_OK:
             (wait_read if state == POLL_READ else wait_write)(connection.fileno())

@@ -31,7 +31,7 @@ def add_request_id(record: logging.LogRecord) -> bool:
 
 
 class Logger(Statsd):
-    """gunicorn's logger, which sends metrics if --statsd-host is set, in JSON; for the service's log too."""
+    """Writes gunicorn's and the service's log in JSON, and sends metrics if --statsd-host is set."""
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
@@ -42,7 +42,7 @@ class Logger(Statsd):
             handler.setFormatter(JsonFormatter(list(LOG_FIELDS), rename_fields=LOG_FIELDS, timestamp="time"))
 
     def access(self, resp: Any, req: Any, environ: Any, request_time: Any) -> None:
-        with suppress(ValueError):  # the client has hung up, and the status is a text of gevent's
+        with suppress(ValueError):  # after a hang-up gevent's status is no number
             super().access(resp, req, environ, request_time)
 
 

@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS cart_items (
 
 -- 4.0.0: when a line was made, for the cart's order. The lines that are there get one time, without a rewrite of the
 -- table. ADD COLUMN IF NOT EXISTS would lock the table even if there is nothing to do. Tables are locked in the order
--- in which change_cart writes to them: in another one they would wait for each other.
+-- in which change_cart writes to them: in another order a loading and a change could deadlock.
 DO $$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cart_items'::regclass AND attname = 'added_at') THEN
         ALTER TABLE cart_items ADD COLUMN added_at timestamptz NOT NULL DEFAULT now();
@@ -149,8 +149,8 @@ BEGIN
         SELECT user_id FROM cart_items GROUP BY user_id HAVING max(updated_at) < now() - make_interval(days => days)
     LOOP
         SET LOCAL synchronous_commit = off;
-        -- It is removed if all of its lines and its user's lock were to be had at once. The lock is taken together with
-        -- the lines', so that Citus takes it on the machine that has them.
+        -- It is removed only if this call gets its user's lock and all of its lines without waiting. The lock is taken
+        -- with the lines', so that Citus takes it on the machine that has them.
         SELECT count(*) INTO free_lines FROM (
             SELECT pg_try_advisory_xact_lock(hashtextextended(of_user, 0)) AS is_free
             FROM cart_items WHERE user_id = of_user FOR UPDATE SKIP LOCKED

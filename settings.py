@@ -21,7 +21,7 @@ ORIGIN = rf"(https://{HOST}(?!:443\b)|http://{HOST}(?!:80\b)|(?!https?:)[a-z][a-
 ALGORITHM = "|".join(name for name in jwt.algorithms.get_default_algorithms() if name != "none")
 JWKS_URL = r"(https://[\w.-]+|http://(127\.0\.0\.1|[\w-]+))(:\d+)?(/\S*)?"
 LIST = "({0})(, *({0}))*"
-FORMS = {  # settings whose error tells their form in words
+FORMS = {  # what a setting must match, and the words for it in an error
     "cors_origins": (LIST.format(ORIGIN), "* or origins as browsers send them: small letters, no path or default port"),
     "jwt_algorithm": (LIST.format(ALGORITHM), f"of {ALGORITHM.replace('|', ', ')}"),
     "jwt_jwks_url": (JWKS_URL, "an https URL; http is for 127.0.0.1 and for hosts without a dot"),
@@ -84,7 +84,7 @@ values = dict(os.environ)
 NAMES = [name.upper() for name in Settings.__struct_fields__]
 for name in values:
     if re.match("JWT", name.strip(" _"), re.IGNORECASE) and name.removesuffix("_FILE") not in NAMES:
-        sys.exit(f"cart: {name} is no setting. A slip in a name would open the carts. README.md lists the names.")
+        sys.exit(f"cart: {name} is no setting. A typo in a name could open the carts. README.md lists the names.")
 try:
     for name in NAMES:
         if (file := os.environ.get(f"{name}_FILE")) is not None:

@@ -1,4 +1,4 @@
-"""Whose cart a bearer token opens. It knows no Flask."""
+"""Whose cart a bearer token opens. It does not use Flask."""
 
 import logging
 import math
@@ -17,11 +17,11 @@ from settings import SETTINGS
 
 LEEWAY = 30  # seconds by which an issuer's clock may be ahead
 LIFESPAN = 3600  # seconds after which the issuer is asked again for the keys that are known
-COOLDOWN = 10  # seconds after which it is asked again for one that is not
+COOLDOWN = 10  # seconds after an answer in which it is not asked again for a key that is not
 
 
 class IssuerKeys:
-    """The keys that an issuer publishes (RFC 7517). Known ones count on while it is away, or its answer has none."""
+    """The keys that an issuer publishes (RFC 7517). They stay valid while it is away, or its answer has none."""
 
     def __init__(self, url: str) -> None:
         self.client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=2)
@@ -45,7 +45,7 @@ class IssuerKeys:
         return self.keys[key_id]
 
     def fetch(self, max_age: float) -> bool:
-        """Ask the issuer for its keys, unless another request has just done so; return whether it told them."""
+        """Ask the issuer for its keys, unless it told them within `max_age` seconds. Return False if it fails."""
         with self.lock:
             if time.monotonic() - self.fetched_at > max_age:
                 try:
@@ -67,7 +67,7 @@ if SETTINGS.jwt_key:
         KEY = algorithm.prepare_key(SETTINGS.jwt_key)
         fault = "It is a private key." if hasattr(KEY, "public_key") else algorithm.check_key_length(KEY)
     except Exception:  # each algorithm has its own ways to fail
-        fault = "It is neither, or these are several algorithms."
+        fault = "It is neither, or there are several algorithms."
     if fault:
         sys.exit(f"cart: JWT_KEY must be a secret or a PEM public key for JWT_ALGORITHM {ALGORITHM}. {fault}")
 
@@ -90,7 +90,7 @@ def check(authorization: str, user_id: str) -> None:
             raise jwt.ExpiredSignatureError("Signature has expired")
     except (jwt.PyJWTError, TypeError) as error:  # TypeError: the issuer's key is of another kind
         logging.getLogger(__name__).info("a token was refused: %s", type(error).__name__)
-        reason = str(error).encode(errors="replace").decode()  # it may repeat a part of the token
+        reason = str(error).encode(errors="replace").decode()  # it may have lone surrogates, from the token
         challenge = WWWAuthenticate("bearer", {"error": "invalid_token"})
         raise Unauthorized(f"The token is not valid: {reason}", www_authenticate=challenge) from error
     scope = claims.get("scope")
