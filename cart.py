@@ -97,10 +97,7 @@ UNKNOWN = "It is not known whether the change was made. POST and PATCH with an I
 
 @app.errorhandler(HTTPException)
 def problem(error: HTTPException, code: str | None = None) -> Response:
-    """Answer an error with a problem document (RFC 9457), and with the headers of its status.
-
-    `code` is for programs: which of the reasons of its status an error has.
-    """
+    """Answer an error with a problem document (RFC 9457). `code` names the reason, if the status has several."""
     document = {"type": "about:blank", "title": error.name, "status": error.code, "detail": error.description}
     if code := code or {422: "invalid", 503: "unchanged"}.get(error.code or 0):
         document["code"] = code

@@ -49,6 +49,7 @@ class Logger(Statsd):
 bind = "0.0.0.0:8080"
 workers = SETTINGS.web_concurrency
 worker_class = "gevent_pywsgi"  # a fifth faster than "gevent"; max_requests and hooks for requests do not work with it
+worker_connections = 10000  # requests that wait, for a cart or for the issuer, keep nobody else out
 logger_class = Logger
 preload_app = not IS_TRACED  # the workers share what is loaded; OpenTelemetry must start in each of them
 graceful_timeout = 5  # seconds for requests in progress at a stop

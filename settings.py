@@ -87,13 +87,14 @@ for name in values:
         sys.exit(f"cart: {name} is no setting. A typo in a name could open the carts. README.md lists the names.")
 try:
     for name in NAMES:
+        values.get(name, "").encode()
         if (file := os.environ.get(f"{name}_FILE")) is not None:
             if name in values:
                 sys.exit(f"cart: {name} and {name}_FILE are both set. Set one of them.")
             values[name] = Path(file).read_text().removesuffix("\n")
     SETTINGS = msgspec.convert(values, Settings, strict=False)
-except (OSError, UnicodeDecodeError):
-    sys.exit(f"cart: {name}_FILE must be the path of a file that can be read, in UTF-8.")
+except (OSError, UnicodeError):
+    sys.exit(f"cart: {name} must be in UTF-8, and {name}_FILE the path of a file that can be read.")
 except msgspec.ValidationError as error:
     sys.exit(f"cart: {error}. README.md says what each setting must be.")
 DATABASE = parse_url(SETTINGS.database_url)  # last: a private PostgreSQL starts only if the rest is right

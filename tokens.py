@@ -1,7 +1,6 @@
 """Whose cart a bearer token opens. It does not use Flask."""
 
 import logging
-import math
 import re
 import sys
 import threading
@@ -26,7 +25,7 @@ class IssuerKeys:
     def __init__(self, url: str) -> None:
         self.client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=2)
         self.keys: dict[str | None, Any] = {}
-        self.fetched_at = -math.inf
+        self.fetched_at = self.failed_at = float("-inf")
         self.lock = threading.Lock()  # held while the issuer is asked
 
     def find(self, key_id: str) -> Any:
@@ -36,26 +35,28 @@ class IssuerKeys:
         :raise ServiceUnavailable: the issuer does not tell its keys
         """
         if key_id not in self.keys:
-            if not self.fetch(COOLDOWN):
-                raise ServiceUnavailable("The token's key is not known yet. Try again.", retry_after=1)
+            self.fetch(COOLDOWN)
         elif time.monotonic() - self.fetched_at > LIFESPAN and not self.lock.locked():
             gevent.spawn(self.fetch, LIFESPAN).join(timeout=0.5)  # if the issuer is quick, a revoked key ends here
-        if key_id not in self.keys:
-            raise jwt.PyJWKClientError("The issuer has no key with its id")
-        return self.keys[key_id]
+        if key_id in self.keys:
+            return self.keys[key_id]
+        if self.failed_at > self.fetched_at:
+            raise ServiceUnavailable("The token's key is not known yet. Try again.", retry_after=1)
+        raise jwt.PyJWKClientError("The issuer has no key with its id")
 
-    def fetch(self, max_age: float) -> bool:
-        """Ask the issuer for its keys, unless it told them within `max_age` seconds. Return False if it fails."""
+    def fetch(self, max_age: float) -> None:
+        """Ask the issuer for its keys, unless it told them within `max_age` seconds."""
+        called_at = time.monotonic()
         with self.lock:
-            if time.monotonic() - self.fetched_at > max_age:
-                try:
-                    with gevent.Timeout(3, TimeoutError()):  # PyJWT's timeout is for each part of the answer
-                        self.keys = {key.key_id: key.key for key in self.client.get_signing_keys()}
-                except Exception as error:  # of the network, of the server, or its answer has no keys
-                    logging.getLogger(__name__).warning("the issuer's keys: %r", error)
-                    return False
+            if time.monotonic() - self.fetched_at <= max_age or self.failed_at >= called_at:
+                return  # another request has asked while this one waited
+            try:
+                with gevent.Timeout(3, TimeoutError()):  # PyJWT's timeout is for each part of the answer
+                    self.keys = {key.key_id: key.key for key in self.client.get_signing_keys()}
                 self.fetched_at = time.monotonic()
-            return True
+            except Exception as error:  # of the network, of the server, or its answer has no keys
+                logging.getLogger(__name__).warning("the issuer's keys: %r", error)
+                self.failed_at = time.monotonic()
 
 
 ISSUER = IssuerKeys(SETTINGS.jwt_jwks_url) if SETTINGS.jwt_jwks_url else None
