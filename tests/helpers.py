@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -431,12 +432,18 @@ class Service(Site):
 def running(
     words: Sequence[str], url: str, log: Path, ready: str = "/livez", folder: Path = HERE, settings: Any = None
 ) -> Iterator[Service]:
-    """Run a program as long as this lasts, from when it answers at a path."""
+    """Run a program as long as this lasts, from when it answers at a path. Then it is killed, unless it has ended."""
     with log.open("ab") as output:
-        command = [str(BINARIES / words[0]), *words[1:]]
-        streams = {"stdout": output, "stderr": output}
-        options: Any = {"cwd": folder, "envvars": settings or {}, "timeout": 30, "status": r"\d+", **streams}
-        with HTTPExecutor(command, url + ready, **options) as executor:
+        # Without mirakuru's mark, by which it would end a PostgreSQL that is to outlive the program.
+        command = ["env", "--unset=mirakuru_uuid", str(BINARIES / words[0]), *words[1:]]
+        options: Any = {
+            "cwd": folder,
+            "envvars": settings or {},
+            "timeout": 30,
+            "status": r"\d+",
+            "stop_signal": signal.SIGKILL,
+        }
+        with HTTPExecutor(command, url + ready, stdout=output, stderr=output, **options) as executor:
             yield Service(url, executor, log)
 
 

@@ -10,7 +10,6 @@ import re
 import socket
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,10 +114,9 @@ def hang_up(service: Service, request: bytes, count: int) -> None:
 
 
 @pytest.mark.parametrize("request_", [BUNDLE, BUNDLE * 20], ids=["one", "twenty"])
-def test_a_client_that_hangs_up_leaves_no_line_that_is_not_json(tmp_path: Path, request_: bytes) -> None:
-    with gunicorn(tmp_path / "log", "--log-level", "debug") as service:
-        for count in (1, 1000, 3000):
-            hang_up(service, request_, count)
-        assert service.request("GET", "/livez").status_code == 200
+def test_a_client_that_hangs_up_leaves_no_line_that_is_not_json(logged: Logged, request_: bytes) -> None:
+    for count in (1, 1000, 3000):
+        hang_up(logged.service, request_, count)
+    assert logged.service.request("GET", "/livez").status_code == 200
 
-    assert {entry["level"] for entry in service.entries()} <= {"DEBUG", "INFO", "WARNING"}
+    assert all("level" in entry for entry in logged.service.entries())

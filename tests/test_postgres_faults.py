@@ -105,7 +105,7 @@ def test_under_overload_requests_are_served_or_refused_and_no_connection_is_thro
     before = postgres.sessions()
 
     with Shoppers(on_postgres, 80, "overload") as shoppers:
-        shoppers.await_answers(160)
+        shoppers.await_answers(120)
 
     assert len(before) == 5 and postgres.sessions() == before
     assert shoppers.codes.keys() == {"made", "unchanged"}

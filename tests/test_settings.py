@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from settings import SETTINGS
-from tests.helpers import ADA, HERE, SECRET, URL, gunicorn, private_key, run_command, token_for
+from tests.helpers import HERE, SECRET, private_key, run_command
 
 PRIVATE_PEM = private_key("a").private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
 PUBLIC_PEM = private_key("a").public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
@@ -200,6 +200,18 @@ def test_a_database_url_may_name_a_driver(start: Start, scheme: str) -> None:
     assert expected == sys.modules["settings"].DATABASE
 
 
+def test_a_setting_may_come_from_a_file(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, key = tmp_path / "url", tmp_path / "key"
+    url.write_text("postgresql://u@h/d\n")
+    key.write_text(SECRET)
+    monkeypatch.delenv("DATABASE_URL")
+
+    loaded = start.load(DATABASE_URL_FILE=str(url), JWT_KEY_FILE=str(key))
+
+    assert SECRET.encode() == loaded.KEY
+    assert sys.modules["settings"].DATABASE == {"user": "u", "host": "h", "dbname": "d"}
+
+
 # In processes
 
 
@@ -209,17 +221,6 @@ def test_what_cannot_start_says_why_in_one_line(command: tuple[str, ...]) -> Non
 
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
     assert ended.stderr.startswith("cart: Expected `int` >= 1 - at `$.DATABASE_POOL_SIZE`")
-
-
-def test_a_setting_may_come_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url, key = tmp_path / "url", tmp_path / "key"
-    url.write_text(f"{URL}\n")
-    key.write_text(SECRET)
-    monkeypatch.delenv("DATABASE_URL")
-
-    with gunicorn(tmp_path / "log", DATABASE_URL_FILE=str(url), JWT_KEY_FILE=str(key)) as service:
-        assert service.request("GET", ADA).status_code == 401
-        assert service.request("GET", ADA, headers=token_for("ada")).status_code == 404
 
 
 def test_readme_lists_each_setting() -> None:
