@@ -52,16 +52,6 @@ def test_adding_the_same_product_sums_its_quantities(client: FlaskClient) -> Non
     assert lines_of(client.get(ADA)) == [("sku-1", 5)]
 
 
-@pytest.mark.parametrize("taken", [-5, -6, -MAX - 1])
-def test_a_line_that_falls_to_0_or_below_is_removed(client: FlaskClient, taken: int) -> None:
-    client.post(ADA, json=line("sku-1", 5))
-
-    response = client.post(ADA, json=line("sku-1", taken))
-
-    assert response.get_json() == {"user_id": "ada", "product_id": "sku-1", "quantity": 0}
-    assert_problem(client.get(ADA), 404, detail=EMPTY)
-
-
 def test_a_list_is_added_in_its_order(client: FlaskClient) -> None:
     client.post(ADA, json=line("p", 1))
 
@@ -86,22 +76,6 @@ def test_setting_makes_the_total_what_it_says(client: FlaskClient, quantity: int
     assert lines_of(client.get(ADA)) == [("sku-1", quantity)]
 
 
-def test_setting_makes_a_line_that_is_not_there(client: FlaskClient) -> None:
-    response = client.patch(ADA, json=line("sku-1", 3))
-
-    assert response.get_json() == {"user_id": "ada", "product_id": "sku-1", "quantity": 3}
-    assert lines_of(client.get(ADA)) == [("sku-1", 3)]
-
-
-def test_setting_0_removes_the_line(client: FlaskClient) -> None:
-    client.post(ADA, json=[line("sku-1", 2), line("sku-2", 1)])
-
-    response = client.patch(ADA, json=line("sku-1", 0))
-
-    assert response.get_json() == {"user_id": "ada", "product_id": "sku-1", "quantity": 0}
-    assert lines_of(client.get(ADA)) == [("sku-2", 1)]
-
-
 def test_a_list_is_set_in_its_order(client: FlaskClient) -> None:
     client.post(ADA, json=[line("p", 1), line("q", 9)])
 
@@ -124,16 +98,6 @@ def test_one_line_is_removed_by_its_product(client: FlaskClient) -> None:
     assert lines_of(client.get(ADA)) == [("sku-1", 1), ("sku-3", 1)]
 
 
-def test_all_lines_of_a_cart_are_removed_without_a_product(client: FlaskClient) -> None:
-    client.post(ADA, json=[line("sku-1"), line("sku-2")])
-    client.post(path("bob"), json=line("sku-1"))
-
-    response = client.delete(ADA)
-
-    assert response.get_json() == {"msg": "All cart items deleted"}
-    assert stored() == [("bob", "sku-1", 1)]
-
-
 # The order of a cart
 
 
@@ -141,17 +105,9 @@ def test_lines_come_in_the_order_in_which_they_were_added(client: FlaskClient) -
     client.post(ADA, json=line("c"))
     client.patch(ADA, json=line("a"))
     client.post(ADA, json=[line("d"), line("b")])
+    client.post(ADA, json=[line("b", 2), line("c", 1)])  # which leaves them at their places
 
-    assert lines_of(client.get(ADA)) == [("c", 1), ("a", 1), ("d", 1), ("b", 1)]
-
-
-def test_a_change_leaves_a_line_at_its_place(client: FlaskClient) -> None:
-    client.post(ADA, json=[line("c"), line("a"), line("b")])
-
-    client.post(ADA, json=line("a", 2))
-    client.patch(ADA, json=line("c", 5))
-
-    assert lines_of(client.get(ADA)) == [("c", 5), ("a", 3), ("b", 1)]
+    assert lines_of(client.get(ADA)) == [("c", 2), ("a", 1), ("d", 1), ("b", 3)]
 
 
 @pytest.mark.parametrize(
@@ -303,13 +259,6 @@ def test_a_list_that_a_cart_cannot_take_is_refused_whole(full: FlaskClient, body
     assert stored() == [("ada", f"{n:03}", 2) for n in range(500)]
 
 
-@pytest.mark.parametrize("method", ["POST", "PATCH"])
-def test_a_full_cart_takes_no_new_line(full: FlaskClient, method: str) -> None:
-    assert_problem(full.open(ADA, method=method, json=line("new")), 409, "cart_full", FULL)
-
-    assert len(stored()) == 500
-
-
 def test_a_full_cart_takes_a_new_line_for_one_that_the_same_list_takes_away(full: FlaskClient) -> None:
     changes = [line("001"), line("gone", -1), line("002", -9), line("new"), line("new", -1), line("newer")]
 
@@ -317,22 +266,6 @@ def test_a_full_cart_takes_a_new_line_for_one_that_the_same_list_takes_away(full
 
     assert lines_of(response) == [("001", 3), ("gone", 0), ("002", 0), ("new", 1), ("new", 0), ("newer", 1)]
     assert len(stored()) == 500
-
-
-def test_a_full_cart_takes_a_new_line_for_one_that_the_same_list_sets_to_0(full: FlaskClient) -> None:
-    refused = full.patch(ADA, json=[line("001", 0), line("new"), line("newer")])
-    response = full.patch(ADA, json=[line("001", 0), line("new"), line("002", 7)])
-
-    assert_problem(refused, 409, "cart_full", f"{FULL} - at `$[2]`")
-    assert lines_of(response) == [("001", 0), ("new", 1), ("002", 7)]
-    assert lines_of(full.get(ADA))[-1] == ("new", 1)
-
-
-def test_a_total_is_2147483647_at_most(client: FlaskClient) -> None:
-    client.post(ADA, json=line("p", MAX))
-
-    assert_problem(client.post(ADA, json=line("p", 1)), 409, "total_too_large", TOO_LARGE)
-    assert stored() == [("ada", "p", MAX)]
 
 
 # Keys
@@ -358,12 +291,6 @@ def test_a_key_is_refused_with_another_method_or_body(client: FlaskClient, metho
 
     assert_problem(client.open(ADA, method=method, json=body, headers=KEY), 422, "key_reused", KEY_REUSED)
     assert stored() == [("ada", "p", 1)]
-
-
-def test_a_key_that_set_a_line_does_not_add_to_it(client: FlaskClient) -> None:
-    client.patch(ADA, json=LINE, headers=KEY)
-
-    assert_problem(client.post(ADA, json=LINE, headers=KEY), 422, "key_reused", KEY_REUSED)
 
 
 def test_a_late_retry_of_a_set_changes_nothing(client: FlaskClient) -> None:
@@ -419,8 +346,6 @@ BAD_BODIES = [
     pytest.param(422, b'{"product_id": "p", "quantity": 1.5}', id="one and a half"),
     pytest.param(422, b'{"product_id": "p", "quantity": 2147483648}', id="too much"),
 ]
-BAD_ADDITIONS = [b"0", b"-0.0", b"-2147483649"]
-BAD_SETTINGS = [b"-1", b"-1.0", b"2147483648.0"]
 BAD_QUERIES = [
     *[(422, query) for query in ("product_id=", "product_id=%00", f"product_id={'p' * 256}", "product_id", "&", "=")],
     *[(422, query) for query in ("product=p", "product_id=p&product_id=q", "product_id=p&x=1")],
@@ -452,19 +377,21 @@ def test_a_bad_body_is_refused(client: FlaskClient, method: str, status: int, bo
 
 
 @pytest.mark.usefixtures("unchanged")
-@pytest.mark.parametrize("quantity", BAD_ADDITIONS)
-def test_an_addition_is_from_minus_2147483648_on_and_not_0(client: FlaskClient, quantity: bytes) -> None:
-    body = b'{"product_id": "p", "quantity": %b}' % quantity
+@pytest.mark.parametrize(
+    ("method", "quantity"),
+    [
+        ("POST", "0"),
+        ("POST", "-0.0"),
+        ("POST", "-2147483649"),
+        ("PATCH", "-1"),
+        ("PATCH", "-1.0"),
+        ("PATCH", "2147483648.0"),
+    ],
+)
+def test_a_quantity_out_of_range_is_refused(client: FlaskClient, method: str, quantity: str) -> None:
+    body = f'{{"product_id": "p", "quantity": {quantity}}}'
 
-    assert_problem(client.post(ADA, data=body, content_type="application/json"), 422)
-
-
-@pytest.mark.usefixtures("unchanged")
-@pytest.mark.parametrize("quantity", BAD_SETTINGS)
-def test_a_setting_is_from_0_to_2147483647(client: FlaskClient, quantity: bytes) -> None:
-    body = b'{"product_id": "p", "quantity": %b}' % quantity
-
-    assert_problem(client.patch(ADA, data=body, content_type="application/json"), 422)
+    assert_problem(client.open(ADA, method=method, data=body, content_type="application/json"), 422)
 
 
 @pytest.mark.usefixtures("unchanged")
@@ -506,12 +433,6 @@ def test_another_method_is_refused_and_told_which_there_are(client: FlaskClient)
 
     assert_problem(response, 405)
     assert set(response.headers["Allow"].split(", ")) == {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST"}
-
-
-def test_a_refusal_names_the_place_in_the_list(client: FlaskClient) -> None:
-    response = client.post(ADA, json=[LINE, line("p", 2**31)])
-
-    assert_problem(response, 422, "invalid", "Expected `int` <= 2147483647 - at `$[1].quantity`")
 
 
 def test_a_body_has_whole_numbers_as_json_allows_them_and_1_mib(client: FlaskClient) -> None:

@@ -192,32 +192,18 @@ def test_healthz_is_503_and_livez_200_if_the_carts_cannot_be_used(client: FlaskC
 # The parameters of a connection
 
 
-@pytest.fixture
-def odd_role() -> Iterator[None]:
-    """The service in this process as a role with settings of its own."""
+def test_what_a_role_has_set_does_not_matter() -> None:
     settings = {"default_transaction_isolation": "serializable", "lock_timeout": "50s", "statement_timeout": "50s"}
     for name, value in settings.items():
         execute(f"ALTER ROLE postgres SET {name} = '{value}'")
-    with reconnected():
-        yield
-    execute("ALTER ROLE postgres RESET ALL")
-
-
-@pytest.mark.usefixtures("odd_role")
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("default_transaction_isolation", "read committed"), ("lock_timeout", "0"), ("statement_timeout", "2s")],
-)
-def test_what_a_role_has_set_does_not_matter(name: str, value: str) -> None:
-    with contextlib.closing(ENGINE.raw_connection()) as connection:
-        cursor = connection.cursor()
-        cursor.execute(f"SHOW {name}")
-        assert cursor.fetchone() == (value,)
-
-
-@pytest.mark.usefixtures("odd_role")
-def test_a_command_has_no_time_limit() -> None:
-    assert database.execute("SHOW statement_timeout") == [("0",)]
+    try:
+        with reconnected(), contextlib.closing(ENGINE.raw_connection()) as connection:
+            cursor = connection.cursor()
+            cursor.execute(f"SELECT {', '.join(f'current_setting({name!r})' for name in settings)}")
+            assert cursor.fetchone() == ("read committed", "0", "2s")
+            assert database.execute("SHOW statement_timeout") == [("0",)]  # of a command
+    finally:
+        execute("ALTER ROLE postgres RESET ALL")
 
 
 @pytest.mark.parametrize("is_prepared", [True, False])

@@ -77,7 +77,8 @@ def test_a_hostile_request_is_refused_by_a_problem_document(site: Service, statu
     answer = site.send(request_)
 
     assert_problem(answer, status)
-    assert ("Allow" in answer.headers) == (status == 405) and len(answer.headers["X-Request-Id"]) == 32
+    assert answer.headers["Allow"] == ("DELETE, GET, HEAD, OPTIONS, PATCH, POST" if status == 405 else None)
+    assert len(answer.headers["X-Request-Id"]) == 32
     assert stored() == []
 
 
@@ -87,13 +88,6 @@ def test_bytes_that_the_service_would_strip_are_refused_and_change_nothing(site:
 
     assert_problem(site.send(request_ + b"\r\n"), 400)
     assert stored() == [("ada", "p", 1)]
-
-
-def test_the_methods_that_there_are_are_told(site: Service) -> None:
-    answer = site.send(GET.replace(b"GET", b"TRACE") + b"\r\n")
-
-    assert set(answer.headers["Allow"].split(", ")) == {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST"}
-    assert json.loads(answer.text)["detail"] == "The method must be GET, POST, PATCH or DELETE."
 
 
 # Requests that are passed on
@@ -232,16 +226,6 @@ def test_slow_strangers_without_a_token_do_not_keep_the_owner_out(guarded_site: 
         owner = token_for("ada")
         for _ in range(10):
             assert guarded_site.request("POST", ADA, json=LINE, headers=owner, timeout=2).status_code == 200
-
-
-def test_many_strangers_without_a_token_do_not_keep_the_owner_out(
-    guarded_site: Service, background: ThreadPoolExecutor
-) -> None:
-    strangers = [background.submit(guarded_site.post) for _ in range(200)]
-    owner = token_for("ada")
-    assert guarded_site.request("POST", ADA, json=LINE, headers=owner, timeout=2).status_code == 200
-
-    assert {one.result().status_code for one in strangers} == {401}
 
 
 # Instances that end and come

@@ -61,7 +61,7 @@ TIMES = [  # seconds from now
     pytest.param(401, "nbf", 40, id="not yet valid"),
     pytest.param(401, "exp", -1, id="expired"),
 ]
-NO_TOKENS = ["Basic eA==", "Basic \xff", "Bearer", "Bearer \xff.\xff.\xff", f"Bearer {'W1tb' * 999}.e30.x"]
+NO_TOKENS = ["", "Basic eA==", "Basic \xff", "Bearer", "Bearer \xff.\xff.\xff", f"Bearer {'W1tb' * 999}.e30.x"]
 
 
 @pytest.mark.parametrize(("status", "claims"), CLAIMS)
@@ -87,23 +87,10 @@ def test_no_cart_opens_without_a_token(guarded: FlaskClient, sent: str) -> None:
     assert response.headers["WWW-Authenticate"].split()[0] == "Bearer"
 
 
-def test_no_cart_opens_without_the_header(guarded: FlaskClient) -> None:
-    response = guarded.get(ADA)
-
-    assert_problem(response, 401, detail="Authorization must be a bearer token.")
-    assert response.headers["WWW-Authenticate"] == "Bearer"
-
-
 def test_the_scheme_is_read_in_any_letters_and_blanks(guarded: FlaskClient) -> None:
     token = token_for("ada", aud="carts")["Authorization"].removeprefix("Bearer ")
 
     assert guarded.get(ADA, headers={"Authorization": f" bearer  {token} "}).status_code == 404
-
-
-def test_another_algorithm_is_refused_with_the_same_secret(guarded: FlaskClient) -> None:
-    headers = signed({"sub": "ada", "exp": FOREVER, "aud": "carts"}, SECRET, "HS512")
-
-    assert_problem(guarded.get(ADA, headers=headers), 401)
 
 
 def test_a_public_key_verifies(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,18 +132,12 @@ def reader(client: FlaskClient, issuer: Issuer, monkeypatch: pytest.MonkeyPatch)
     return Reader(client)
 
 
-def test_a_token_of_a_published_key_opens_the_cart_of_its_user(reader: Reader, issuer: Issuer) -> None:
-    issuer.publish("a", use="sig", alg="RS256")
-
-    assert_problem(reader.read(signed_by("a")), 404)
-    assert_problem(reader.read(signed_by("a", sub="bob")), 403)
-
-
 def test_a_token_must_name_the_issuer(reader: Reader, issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SETTINGS, "jwt_issuer", "x")
-    issuer.publish("a")
+    issuer.publish("a", use="sig", alg="RS256")
 
     assert_problem(reader.read(signed_by("a", iss="x")), 404)
+    assert_problem(reader.read(signed_by("a", iss="x", sub="bob")), 403)
     assert_problem(reader.read(signed_by("a", iss="y")), 401)
     assert_problem(reader.read(signed_by("a")), 401)
 
@@ -185,13 +166,6 @@ def test_many_tokens_with_unknown_keys_ask_the_issuer_once_in_ten_seconds(
     assert {reader.status("b") for _ in range(20)} == {401}
 
     assert issuer.asked == 2
-
-
-@pytest.mark.parametrize("key_id", [None, "\ud800", "x" * 1000])
-def test_a_token_with_an_odd_key_id_is_refused(reader: Reader, issuer: Issuer, key_id: str | None) -> None:
-    issuer.publish("a")
-
-    assert_problem(reader.read(signed({"sub": "ada", "exp": FOREVER}, SECRET, "HS256", key_id)), 401)
 
 
 NONSENSE = [
@@ -238,18 +212,6 @@ def test_a_revoked_key_ends_after_an_hour(reader: Reader, issuer: Issuer, clock:
 
     clock.advance(200)
     assert [reader.status("a"), reader.status("b"), issuer.asked] == [401, 404, 2]
-
-
-def test_a_revoked_key_ends_when_the_issuer_is_back(reader: Reader, issuer: Issuer, clock: Clock) -> None:
-    issuer.publish("a", "b")
-    assert reader.status("a") == 404
-
-    issuer.go_down()
-    clock.advance(86400)
-    assert reader.status("a") == 404
-
-    issuer.publish("b")
-    assert [reader.status("a"), reader.status("b")] == [401, 404]
 
 
 def test_no_valid_token_waits_for_an_issuer_that_hangs(
@@ -307,12 +269,14 @@ MISUSES = [
     pytest.param(private_key("a"), "RS256", "o", id="by the id of the secret"),
     pytest.param(EC_KEY, "ES256", "a", id="elliptic, by the id of an RSA key"),
     pytest.param(private_key("b"), "RS256", "a", id="a stranger's key"),
+    pytest.param(private_key("a"), "RS256", None, id="without an id"),
+    pytest.param(private_key("a"), "RS256", "\ud800", id="an id that is not UTF-8"),
 ]
 
 
 @pytest.mark.parametrize(("key", "algorithm", "key_id"), MISUSES)
 def test_a_mixed_set_lets_nothing_through_that_the_setting_does_not_name(
-    mixed: Reader, key: Any, algorithm: str, key_id: str
+    mixed: Reader, key: Any, algorithm: str, key_id: str | None
 ) -> None:
     assert_problem(mixed.read(signed({"sub": "ada", "exp": FOREVER}, key, algorithm, key_id)), 401)
 
