@@ -428,8 +428,9 @@ def test_a_bad_key_is_refused(client: FlaskClient, method: str, key: str) -> Non
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_another_method_is_refused_and_told_which_there_are(client: FlaskClient) -> None:
-    response = client.put(ADA, json=LINE)
+@pytest.mark.parametrize("method", ["PUT", "BREW"])
+def test_another_method_is_refused_and_told_which_there_are(client: FlaskClient, method: str) -> None:
+    response = client.open(ADA, method=method, json=LINE)
 
     assert_problem(response, 405)
     assert set(response.headers["Allow"].split(", ")) == {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST"}

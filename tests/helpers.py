@@ -341,10 +341,6 @@ class Issuer:
         self.server.clear_all_handlers()
         self.server.expect_request("/keys").respond_with_data(text, status)
 
-    def go_down(self) -> None:
-        """Answer nothing that is of use from now on."""
-        self.answer("", 503)
-
     def hang(self) -> None:
         """Leave requests without an answer from now on, until `recover`."""
         self.server.clear_all_handlers()

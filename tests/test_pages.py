@@ -1,12 +1,11 @@
-"""Pages of other origins, in browsers: CORS of the service and of the proxy.
+"""Pages of other origins, in browsers: CORS of the service. That of the proxy's own refusals is in test_nginx.py.
 
-Kept here: pages of the named origins can read every answer, the proxy's refusals too, and nobody else's can. Nothing
-about a cart is shown from a cache.
+Kept here: pages of the named origins can read every answer, and nobody else's can.
 """
 
 import pytest
 
-from tests.helpers import ADA, LINE, ORIGINS, UNKNOWN, Service, assert_problem, free_port, nginx, token_for
+from tests.helpers import ADA, LINE, ORIGINS, Service, token_for
 
 ASKED = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "idempotency-key"}
 OTHERS = ["http://1:3000", "https://shop.example.evil", "https://shopxexample", "http://shop.example", "null"]
@@ -40,31 +39,3 @@ def test_a_page_of_another_origin_may_not_call(guarded_site: Service, method: st
     answer = guarded_site.request(method, ADA, headers={"Origin": origin, **ASKED, **token_for("ada")})
 
     assert "Access-Control-Allow-Origin" not in answer.headers
-
-
-REFUSALS = [
-    pytest.param(413, "POST", ADA, b"x" * 1048577, id="large body"),
-    pytest.param(405, "TRACE", ADA, None, id="TRACE"),
-    pytest.param(414, "GET", f"/{'x' * 9000}", None, id="long path"),
-    pytest.param(404, "GET", "/problem", None, id="the proxy's own page"),
-]
-
-
-@pytest.mark.parametrize(("status", "method", "target", "body"), REFUSALS)
-def test_a_page_can_read_what_the_proxy_refuses(
-    guarded_site: Service, status: int, method: str, target: str, body: bytes | None
-) -> None:
-    refused = guarded_site.request(method, target, data=body, headers={"Origin": ORIGINS[0]})
-
-    assert_problem(refused, status)
-    assert refused.headers["Access-Control-Allow-Origin"] == "*"
-    assert refused.headers["Access-Control-Expose-Headers"] == "Retry-After, X-Request-Id"
-
-
-def test_a_page_can_read_that_the_service_is_away(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with nginx(tmp_path_factory.mktemp("away"), f"http://127.0.0.1:{free_port()}") as proxy:
-        away = proxy.post()
-
-    assert_problem(away, 503, "unknown", UNKNOWN)
-    assert away.headers["Access-Control-Allow-Origin"] == "*"
-    assert away.headers["Access-Control-Expose-Headers"] == "Retry-After, X-Request-Id"

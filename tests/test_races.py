@@ -77,14 +77,6 @@ def test_adds_after_a_set_all_count(site: Site, background: ThreadPoolExecutor) 
     assert stored() == [("ada", "p", 120)]
 
 
-def test_racing_sets_end_at_one_of_them(site: Site) -> None:
-    answers = at_once(site.patch, ["ada"] * 16, [[line("p", n), line("q", n)] for n in range(1, 17)])
-
-    assert [answer.status_code for answer in answers] == [200] * 16
-    [(_, _, p), (_, _, q)] = stored()
-    assert p == q and p in range(1, 17)
-
-
 @pytest.mark.parametrize("method", ["post", "patch"])
 def test_racing_changes_never_overstep_the_bound(site: Site, background: ThreadPoolExecutor, method: str) -> None:
     site.post("ada", [line(f"{n:03}") for n in range(499)])
