@@ -6,6 +6,7 @@ conftest.py has the fixtures.
 import contextlib
 import functools
 import http.client
+import itertools
 import json
 import os
 import re
@@ -502,13 +503,17 @@ class Shoppers:
         self.pool.shutdown()
 
     def _shop(self, user_id: str) -> None:
-        for turn in range(1_000_000):
+        for turn in itertools.count():
             if self.enough.is_set():
                 return
-            key = f"{self.name} {turn}" if self.with_keys else None
-            while (answer := self.site.post(user_id, LINE, key)).status_code != 200 and self.with_keys:
-                time.sleep(0.01)
-            self.answers.append(answer)
+            self.answers.append(self._add(user_id, f"{self.name} {turn}" if self.with_keys else None))
+
+    def _add(self, user_id: str, key: str | None) -> requests.Response:
+        answer = self.site.post(user_id, LINE, key)
+        while key and answer.status_code != 200:
+            time.sleep(0.01)
+            answer = self.site.post(user_id, LINE, key)
+        return answer
 
     @property
     def statuses(self) -> Counter[int]:

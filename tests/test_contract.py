@@ -125,7 +125,7 @@ def test_an_example_of_a_refusal_is_what_is_answered(
 @pytest.mark.parametrize("method", ALL)
 def test_the_example_of_a_database_that_is_away_is_what_is_answered(guarded: FlaskClient, method: str) -> None:
     with reconnected(host="127.0.0.1", port="1"):
-        answer = guarded.open(ADA, method=method, headers=AS_OWNER, json=LINE if method in CHANGES[:2] else None)
+        answer = guarded.open(ADA, method=method, headers=AS_OWNER, json=LINE)
 
     assert answer.get_json() == EXAMPLES[method, "database"]
 
@@ -142,7 +142,7 @@ def test_the_example_of_an_issuer_that_is_away_is_what_is_answered(guarded: Flas
 def test_the_example_of_a_cart_without_a_place_is_what_is_answered(guarded: FlaskClient, method: str) -> None:
     places = {("ada",): BoundedSemaphore(0)}
     with mock.patch.multiple(database, cart_places=places, QUEUE_TIMEOUT=0.01):
-        answer = guarded.open(ADA, method=method, headers=AS_OWNER, json=None if method == "DELETE" else LINE)
+        answer = guarded.open(ADA, method=method, headers=AS_OWNER, json=LINE)
 
     assert answer.get_json() == EXAMPLES[method, "too_many"]
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import embedded_postgres
-from tests.helpers import HERE, Postgres, Service, at_once, eventually, execute, free_port, run_command, running
+from tests.helpers import HERE, Postgres, at_once, eventually, execute, free_port, run_command, running
 
 SCHEMA = HERE / "schema.sql"
 
@@ -47,15 +47,12 @@ class Checkout:
         words = ["flask", "run", "--port", str(port), *options]
         with running(words, f"http://127.0.0.1:{port}", self.log, folder=self.folder) as service:
             quantity = int(service.post().json()["quantity"])
-            self.use(service)
+            # More clients than it has connections, and a command beside it.
+            assert [answer.status_code for answer in at_once(service.get, ["ada"] * 40)] == [200] * 40
+            assert run_command("flask", "expire", folder=self.folder).returncode == 0
             os.killpg(service.pid, ending)
             assert service.wait(20) == (-signal.SIGKILL if ending == signal.SIGKILL else 0)
         return quantity
-
-    def use(self, service: Service) -> None:
-        """Use it from more clients than it has connections, and run a command beside it."""
-        assert [answer.status_code for answer in at_once(service.get, ["ada"] * 40)] == [200] * 40
-        assert run_command("flask", "expire", folder=self.folder).returncode == 0
 
 
 @pytest.fixture

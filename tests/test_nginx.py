@@ -12,12 +12,13 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+import requests
 from pytest_httpserver import HTTPServer
 
 from tests.helpers import (
@@ -53,6 +54,15 @@ def assert_refused(answer: Any, status: int, code: str | None = None, detail: st
     assert answer.headers["Access-Control-Expose-Headers"] == "Retry-After, X-Request-Id"
     assert answer.headers.get("Allow") == ("DELETE, GET, HEAD, OPTIONS, PATCH, POST" if status == 405 else None)
     assert len(answer.headers["X-Request-Id"]) == 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unanswered(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Future[requests.Response]"]:
+    """A change that a service takes and does not answer. It takes nine seconds, beside the other tests of this file."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor() as pool:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with nginx(tmp_path_factory.mktemp("silent"), url) as proxy:
+            yield pool.submit(proxy.post)
 
 
 # Requests that are refused
@@ -263,7 +273,5 @@ def test_while_no_instance_is_up_the_proxy_answers_503_and_then_serves_the_new_o
             eventually(lambda: proxy.post().status_code == 200, 2)
 
 
-def test_a_service_that_does_not_answer_is_a_503_within_ten_seconds(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing
-        with nginx(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}") as proxy:
-            assert_refused(proxy.post(), 503, "unknown", UNKNOWN)
+def test_a_service_that_does_not_answer_is_a_503_within_ten_seconds(unanswered: "Future[requests.Response]") -> None:
+    assert_refused(unanswered.result(), 503, "unknown", UNKNOWN)
