@@ -264,6 +264,7 @@ def test_of_a_mixed_set_each_key_works_with_its_own_algorithm(mixed: Reader) -> 
 
 MISUSES = [
     pytest.param(SECRET, "HS256", "o", id="the published secret"),
+    pytest.param(None, "none", "a", id="no signature"),
     pytest.param(private_key("a"), "PS256", "a", id="an algorithm that is not in the setting"),
     pytest.param(private_key("a"), "RS256", "e", id="by the id of a key of another kind"),
     pytest.param(private_key("a"), "RS256", "o", id="by the id of the secret"),
