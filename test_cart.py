@@ -174,7 +174,10 @@ class CartMachine(RuleBasedStateMachine):
     def remove(self, user: str, product: str | None) -> None:
         removed = [one for one in self.carts[user] if product is None or one == product]
         response = self.client.delete(path(user), query_string={"product_id": product} if product else {})
-        assert response.status_code == (200 if removed else 404)
+        if removed:
+            assert response.get_json() == {"msg": "Cart item deleted" if product else "All cart items deleted"}
+        else:
+            assert_problem(response, 404)
         for one in removed:
             del self.carts[user][one]
 

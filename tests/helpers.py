@@ -52,7 +52,8 @@ FULL = "The cart is full: 500 lines"
 TOO_LARGE = "The line's total would be above 2147483647"
 AWAY = "The carts are not available at the moment. "
 UNCHANGED = f"{AWAY}Nothing was changed. Try again."
-UNKNOWN = f"{AWAY}{cart.UNKNOWN}"
+REPEAT = "POST and PATCH with an Idempotency-Key are safe to repeat."
+UNKNOWN = f"{AWAY}It is not known whether the change was made. {REPEAT}"
 BUSY = "Too many requests for this cart at once. Nothing was changed. Try again."
 with cart.app.app_context():
     ENGINE = database.db.engine
@@ -433,14 +434,8 @@ def running(
     with log.open("ab") as output:
         # Without mirakuru's mark, by which it would end a PostgreSQL that is to outlive the program.
         command = ["env", "--unset=mirakuru_uuid", str(BINARIES / words[0]), *words[1:]]
-        options: Any = {
-            "cwd": folder,
-            "envvars": settings or {},
-            "timeout": 30,
-            "status": r"\d+",
-            "stop_signal": signal.SIGKILL,
-        }
-        with HTTPExecutor(command, url + ready, stdout=output, stderr=output, **options) as executor:
+        options: Any = {"cwd": folder, "envvars": settings or {}, "stdout": output, "stderr": output, "timeout": 30}
+        with HTTPExecutor(command, url + ready, status=r"\d+", stop_signal=signal.SIGKILL, **options) as executor:
             yield Service(url, executor, log)
 
 
@@ -450,9 +445,8 @@ def gunicorn(
 ) -> Iterator[Service]:
     """Run the service as it is deployed, with one worker."""
     address = f"127.0.0.1:{port or free_port()}"
-    with running(
-        ["gunicorn", "--bind", address, *options, app], f"http://{address}", log, settings=settings
-    ) as service:
+    words = ["gunicorn", "--bind", address, *options, app]
+    with running(words, f"http://{address}", log, settings=settings) as service:
         yield service
 
 
