@@ -433,7 +433,7 @@ def running(
     """Run a program as long as this lasts, from when it answers at a path. Then it is killed, unless it has ended."""
     with log.open("ab") as output:
         # Without mirakuru's mark, by which it would end a PostgreSQL that is to outlive the program.
-        command = ["env", "--unset=mirakuru_uuid", str(BINARIES / words[0]), *words[1:]]
+        command = ["env", "-u", "mirakuru_uuid", str(BINARIES / words[0]), *words[1:]]
         options: Any = {"cwd": folder, "envvars": settings or {}, "stdout": output, "stderr": output, "timeout": 30}
         with HTTPExecutor(command, url + ready, status=r"\d+", stop_signal=signal.SIGKILL, **options) as executor:
             yield Service(url, executor, log)
