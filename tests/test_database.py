@@ -211,7 +211,8 @@ def test_statements_are_prepared_unless_a_setting_says_otherwise(
         assert lines_of(client.get(ADA)) == [("'%s$1", 3)]
 
         sent = execute("SELECT query FROM pg_stat_activity WHERE application_name = 'checked'")
-        with contextlib.closing(ENGINE.raw_connection()) as connection, connection.cursor() as cursor:
+        with contextlib.closing(ENGINE.raw_connection()) as connection:
+            cursor = connection.cursor()
             cursor.execute("SELECT count(*) FROM pg_prepared_statements")
             [(prepared,)] = cursor.fetchall()
     assert [query.split()[0] for (query,) in sent] == ["EXECUTE" if is_prepared else "SELECT"]
