@@ -113,6 +113,7 @@ def test_lines_come_in_the_order_in_which_they_were_added(client: FlaskClient) -
 @pytest.mark.parametrize(
     ("method", "target", "body"),
     [("DELETE", f"{ADA}?product_id=c", None), ("PATCH", ADA, line("c", 0)), ("POST", ADA, line("c", -1))],
+    ids=["removed", "set to 0", "taken away"],
 )
 def test_a_line_that_is_removed_and_added_again_comes_last(
     client: FlaskClient, method: str, target: str, body: object
@@ -288,6 +289,7 @@ def test_a_key_may_be_quoted_and_its_change_written_in_another_way(client: Flask
 @pytest.mark.parametrize(
     ("method", "body"),
     [("POST", line("p", 2)), ("POST", line("q")), ("POST", [LINE]), ("PATCH", LINE), ("PATCH", [LINE])],
+    ids=["another quantity", "another product", "a list", "a set", "a list that is set"],
 )
 def test_a_key_is_refused_with_another_method_or_body(client: FlaskClient, method: str, body: Any) -> None:
     client.post(ADA, json=LINE, headers=KEY)

@@ -21,6 +21,11 @@ PUBLIC_PEM = private_key("a").public_key().public_bytes(Encoding.PEM, PublicForm
 KEYS_URL = "https://issuer.example/keys"
 
 
+def describe(variables: dict[str, str]) -> str:
+    """Return what pytest calls a row of variables."""
+    return ", ".join(f"{name}={value:.40}" for name, value in variables.items())
+
+
 class Start:
     """A start of the service as far as its settings, in this process."""
 
@@ -106,7 +111,7 @@ MISSPELT = [
 ]
 
 
-@pytest.mark.parametrize(("variables", "says"), INVALID)
+@pytest.mark.parametrize(("variables", "says"), INVALID, ids=[describe(variables) for variables, _ in INVALID])
 def test_an_invalid_setting_ends_the_start_and_is_named(start: Start, variables: dict[str, str], says: str) -> None:
     said = start.last_words(**variables)
 
@@ -197,9 +202,9 @@ def test_a_setting_may_come_from_a_file(start: Start, tmp_path: Path, monkeypatc
 # In processes
 
 
-@pytest.mark.parametrize("command", [("gunicorn", "cart:app"), ("flask", "--app", "cart", "init-db"), ("flask", "run")])
-def test_what_cannot_start_says_why_in_one_line(command: tuple[str, ...]) -> None:
-    ended = run_command(*command, DATABASE_POOL_SIZE="0")
+@pytest.mark.parametrize("command", ["gunicorn cart:app", "flask --app cart init-db", "flask run"])
+def test_what_cannot_start_says_why_in_one_line(command: str) -> None:
+    ended = run_command(*command.split(), DATABASE_POOL_SIZE="0")
 
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
     assert ended.stderr.startswith("cart: Expected `int` >= 1 - at `$.DATABASE_POOL_SIZE`")
