@@ -68,6 +68,15 @@ def test_a_stop_answers_what_is_in_progress(tmp_path: Path, background: ThreadPo
     assert not {"ERROR", "CRITICAL"} & {entry["level"] for entry in service.entries()}
 
 
+def test_a_stop_beside_a_client_that_stays_is_over_in_ten_seconds(tmp_path: Path) -> None:
+    with gunicorn(tmp_path / "log") as service, service.connect() as idle:
+        idle.sendall(request_bytes("GET /livez", connection="keep-alive"))
+        idle.recv(1000)
+        service.terminate()
+
+        assert service.wait(10) == 0
+
+
 def test_a_stop_under_load_loses_nothing_and_the_proxy_answers_503(tmp_path: Path) -> None:
     with gunicorn(tmp_path / "log") as service, nginx(tmp_path, service.url) as proxy:
         with Shoppers(proxy, 8) as shoppers:
