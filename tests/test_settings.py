@@ -67,6 +67,7 @@ INVALID = [
     ({"DATABASE_URL": "postgresql://u:hunter2@h/d "}, "DATABASE_URL must be"),
     ({"DATABASE_POOL_SIZE": "0"}, "`$.DATABASE_POOL_SIZE`"),
     ({"DATABASE_POOL_SIZE": "1001"}, "`$.DATABASE_POOL_SIZE`"),
+    ({"DATABASE_POOL_SIZE": "hunter2\udcff"}, "DATABASE_POOL_SIZE must be in UTF-8"),  # a byte that is no UTF-8
     ({"DATABASE_PREPARE": "hunter2"}, "`$.DATABASE_PREPARE`"),
     ({"WEB_CONCURRENCY": "0"}, "`$.WEB_CONCURRENCY`"),
     ({"EXPIRE_DAYS": "0"}, "`$.EXPIRE_DAYS`"),
@@ -87,8 +88,8 @@ INVALID = [
     ({"JWT_AUDIENCE": "hunter2"}, "need JWT_KEY or JWT_JWKS_URL"),
     ({"JWT_ISSUER": "hunter2"}, "need JWT_KEY or JWT_JWKS_URL"),
     ({"JWT_ALGORITHM": "HS256"}, "need JWT_KEY or JWT_JWKS_URL"),
-    ({"JWT_KEY_FILE": "/nowhere/hunter2"}, "JWT_KEY_FILE must be the path of a file"),
-    ({"JWT_KEY_FILE": "/bin/sh"}, "JWT_KEY_FILE must be the path of a file that can be read, in UTF-8"),
+    ({"JWT_KEY_FILE": "/nowhere/hunter2"}, "JWT_KEY_FILE the path of a file that can be read"),
+    ({"JWT_KEY_FILE": "/bin/sh"}, "JWT_KEY must be in UTF-8"),
     ({"JWT_KEY": SECRET, "JWT_ALGORITHM": "none"}, "JWT_ALGORITHM must be of HS256"),
     ({"JWT_KEY": SECRET, "JWT_ALGORITHM": "HS256,HS384"}, "JWT_KEY must be a secret or a PEM public key"),
     ({"JWT_KEY": SECRET, "JWT_ALGORITHM": "RS256"}, "JWT_KEY must be a secret or a PEM public key"),

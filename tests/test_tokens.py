@@ -231,6 +231,20 @@ def test_no_valid_token_waits_for_an_issuer_that_hangs(
     assert unknown.result() == 503
 
 
+def test_requests_that_wait_for_a_fetch_that_fails_do_not_fetch_again(
+    reader: Reader, issuer: Issuer, background: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture
+) -> None:
+    issuer.hang()
+    first = background.submit(reader.status, "a")
+    eventually(tokens.ISSUER.lock.locked)  # type: ignore[union-attr]
+
+    others = [background.submit(reader.status, "b") for _ in range(3)]
+    assert [one.result() for one in (first, *others)] == [503] * 4
+    issuer.recover()
+
+    assert len([message for message in caplog.messages if message.startswith("the issuer's keys")]) == 1
+
+
 @pytest.mark.parametrize("algorithm", ["RS256", "RS512", "PS256"])
 def test_a_key_without_alg_works_with_the_algorithm_of_the_setting(
     reader: Reader, issuer: Issuer, monkeypatch: pytest.MonkeyPatch, algorithm: str
