@@ -71,7 +71,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture(scope="session")
 def make_httpserver() -> Iterator[HTTPServer]:
-    """Serve pytest-httpserver's requests side by side, so that one that hangs holds up no other."""
+    """Have pytest-httpserver, which uses this, serve requests side by side: one that hangs holds up no other."""
     with HTTPServer(threaded=True) as server:
         yield server
 

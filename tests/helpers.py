@@ -239,11 +239,9 @@ class Answer(NamedTuple):
     text: str
 
 
-def request_bytes(
-    target: str, body: bytes = b"", media: str = "application/json", connection: str = "close", fields: str = ""
-) -> bytes:
+def request_bytes(target: str, body: bytes = b"", media: str = "application/json", connection: str = "close") -> bytes:
     """Return a request as it goes over the network. The target is its method and its path."""
-    head = f"{target} HTTP/1.1\r\nHost: h\r\nConnection: {connection}\r\nContent-Type: {media}\r\n{fields}"
+    head = f"{target} HTTP/1.1\r\nHost: h\r\nConnection: {connection}\r\nContent-Type: {media}\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
