@@ -131,13 +131,12 @@ def test_a_body_in_chunks_is_passed_on(site: Service) -> None:
     assert stored() == [("ada", "p", 1)]
 
 
-def test_a_request_is_passed_on_when_it_is_whole(httpserver: HTTPServer, tmp_path: Path) -> None:
-    with nginx(tmp_path, f"http://127.0.0.1:{httpserver.port}") as proxy, proxy.connect() as connection:
-        connection.sendall(POST + b"Content-Length: 99\r\n\r\n" + BODY)
-        time.sleep(0.2)  # it would have been passed on by then
-        assert proxy.post("bob").status_code == 500  # as the server answers what it does not expect
-
-    assert [request.path for request, _ in httpserver.log] == ["/cart/users/bob"]
+def test_a_request_is_passed_on_when_it_is_whole(tmp_path: Path) -> None:
+    with HTTPServer() as server:  # it serves one request at a time, and so half a one would hold it up
+        with nginx(tmp_path, f"http://127.0.0.1:{server.port}") as proxy, proxy.connect() as connection:
+            connection.sendall(POST + b"Content-Length: 99\r\n\r\n" + BODY)
+            time.sleep(0.2)  # it would have been passed on by then
+            assert proxy.post("bob").status_code == 500  # as the server answers what it does not expect
 
 
 SMALL = request_bytes("POST /cart/users/ada", BODY, connection="keep-alive")
