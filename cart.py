@@ -85,9 +85,8 @@ class NewQuantity(msgspec.Struct):
     quantity: Quantity
 
 
-Length = Meta(min_length=1, max_length=MAX_LINES)
-add_decoder = msgspec.json.Decoder(Addition | Annotated[list[Addition], Length])
-set_decoder = msgspec.json.Decoder(NewQuantity | Annotated[list[NewQuantity], Length])
+add_decoder = msgspec.json.Decoder(Addition | Annotated[list[Addition], Meta(min_length=1, max_length=MAX_LINES)])
+set_decoder = msgspec.json.Decoder(NewQuantity | Annotated[list[NewQuantity], Meta(min_length=1, max_length=MAX_LINES)])
 
 
 # Errors
@@ -207,9 +206,8 @@ def parse_query() -> str | None:
 
 def answer(document: object) -> Response:
     """Return a JSON response that browsers do not store."""
-    response = Response(msgspec.json.encode(document), content_type="application/json")
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    return Response(msgspec.json.encode(document), headers=headers)
 
 
 @app.post("/cart/users/<user_id>")

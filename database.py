@@ -20,12 +20,8 @@ from settings import DATABASE, SETTINGS
 
 QUEUE_TIMEOUT = 2  # seconds for a place to become free
 SILENCE_TIMEOUT = 3  # seconds for each answer of the database; above statement_timeout
-OPTIONS = [
-    "statement_timeout=2s",
-    "lock_timeout=0",
-    "row_security=off",
-    r"default_transaction_isolation=read\ committed",
-]
+ISOLATION = r"default_transaction_isolation=read\ committed"
+OPTIONS = ["statement_timeout=2s", "lock_timeout=0", "row_security=off", ISOLATION]
 PARAMETERS: dict[str, Any] = {
     "connect_timeout": 3,  # seconds, for commands; a worker's is SILENCE_TIMEOUT
     "tcp_user_timeout": 3000,  # milliseconds for a peer to confirm what was sent

@@ -58,19 +58,15 @@ set_wait_callback(database.wait)
 
 
 def when_ready(server: Any) -> None:
-    """Log whether tokens are asked for, and by what."""
+    """Before the workers are forked: log whether tokens are asked for, and spare them long garbage collections."""
+    gc.collect()
+    gc.freeze()  # what is loaded; full rounds over it would stop a worker for 50 ms
     if not (tokens.KEY or tokens.ISSUER):
         server.log.warning("Tokens are not asked for: all who reach this service may use every cart.")
     else:
         server.log.info(
             "Tokens are asked for: %s, by %s", tokens.ALGORITHM, "JWT_KEY" if tokens.KEY else "JWT_JWKS_URL"
         )
-
-
-def pre_fork(server: Any, worker: Any) -> None:
-    """Keep what is loaded out of the garbage collector's full rounds, which stop a worker for 50 ms."""
-    gc.collect()
-    gc.freeze()
 
 
 def post_fork(server: Any, worker: Any) -> None:
