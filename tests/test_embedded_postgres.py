@@ -6,126 +6,103 @@ a restart; it ends with Ctrl-C and leaves nothing running.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 import embedded_postgres
-from tests.helpers import HERE, Postgres, at_once, eventually, execute, free_port, run_command, running
+from tests.helpers import HERE, eventually, free_port, is_used, run_command, running
 
 SCHEMA = HERE / "schema.sql"
 
 
-def is_used(folder: Path) -> bool:
-    """Tell whether a process runs in a folder: a PostgreSQL runs in that of its data."""
-    return any(str(folder) in (process.info["cwd"] or "") for process in psutil.process_iter(["cwd"]))
-
-
-def await_end(folder: Path) -> None:
-    """Wait until no process runs in a folder."""
-    eventually(lambda: not is_used(folder), 20)
-
-
-# The first command
-
-
-class Checkout:
-    """A copy of the service in a folder of its own, as a developer has it, whose carts are in a private PostgreSQL."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
-        for file in (*HERE.glob("*.py"), HERE / ".flaskenv", HERE / "openapi.yaml", SCHEMA):
-            (folder / file.name).write_text(file.read_text())
-
-    def run_flask(self, ending: signal.Signals, *options: str) -> int:
-        """Use the first command, and end it by a signal; return what is in the cart then."""
-        port = free_port()
-        words = ["flask", "run", "--port", str(port), *options]
-        with running(words, f"http://127.0.0.1:{port}", self.log, folder=self.folder) as service:
-            quantity = int(service.post().json()["quantity"])
-            # More clients than it has connections, and a command beside it.
-            assert [answer.status_code for answer in at_once(service.get, ["ada"] * 40)] == [200] * 40
-            assert run_command("flask", "expire", folder=self.folder).returncode == 0
-            os.killpg(service.pid, ending)
-            assert service.wait(20) == (-signal.SIGKILL if ending == signal.SIGKILL else 0)
-        return quantity
-
-
 @pytest.fixture
-def checkout(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Checkout:
-    """A checkout in an odd path, in the shell of somebody who uses another PostgreSQL."""
+def checkout(tmp_path_factory, monkeypatch):
+    """The folder of a checkout, in an odd path, and the shell of somebody who uses another PostgreSQL."""
     monkeypatch.delenv("DATABASE_URL")
     monkeypatch.setenv("PGPORT", "1")
     monkeypatch.setenv("LC_ALL", "xx_XX.UTF-8")
-    return Checkout(tmp_path_factory.mktemp('it\'s "a" folder é 5%;$(x)&'))
+    folder = tmp_path_factory.mktemp('it\'s "a" folder é 5%;$(x)&')
+    for file in (*HERE.glob("*.py"), HERE / ".flaskenv", HERE / "openapi.yaml", SCHEMA):
+        shutil.copy(file, folder)
+    return folder
 
 
-def test_flask_run_keeps_the_carts_through_restarts_and_leaves_nothing_running(checkout: Checkout) -> None:
-    assert checkout.run_flask(signal.SIGINT, "--debug") == 1  # with the reloader
-    await_end(checkout.folder)
+def run_flask(folder, ending, *options):
+    """Use the first command, end it by a signal, and return what was in the cart."""
+    port = free_port()
+    words = ["flask", "run", "--port", str(port), *options]
+    with running(words, f"http://127.0.0.1:{port}", folder / "log", folder=folder) as service:
+        quantity = service.change().json()["quantity"]
+        assert run_command("flask", "expire", folder=folder).returncode == 0
+        os.killpg(service.process.pid, ending)
+        assert service.process.wait(20) == (-signal.SIGKILL if ending == signal.SIGKILL else 0)
+    return quantity
 
-    assert checkout.run_flask(signal.SIGKILL) == 2
-    assert is_used(checkout.folder)  # which the next one uses, and ends
 
-    assert checkout.run_flask(signal.SIGTERM) == 3
-    await_end(checkout.folder)
-    data = checkout.folder / "instance/postgres"
-    assert [f"{one.stat().st_mode:o}"[-3:] for one in (checkout.folder, data)] == ["700", "700"]
+def test_flask_run_keeps_the_carts_through_restarts_and_leaves_nothing_running(checkout):
+    assert run_flask(checkout, signal.SIGINT, "--debug") == 1  # with the reloader
+    eventually(lambda: not is_used(checkout))
 
+    assert run_flask(checkout, signal.SIGKILL) == 2
+    assert is_used(checkout)  # by the server, which the next one uses, and ends
 
-# First starts
+    assert run_flask(checkout, signal.SIGTERM) == 3
+    eventually(lambda: not is_used(checkout))
+    data = checkout / "instance/postgres"
+    assert [f"{one.stat().st_mode:o}"[-3:] for one in (checkout, data)] == ["700", "700"]
+
 
 START = """
 import os, pathlib, sys, embedded_postgres, psycopg2
 url = embedded_postgres.start(*map(pathlib.Path, sys.argv[1:]))
-os.wait() if os.fork() else sys.exit()  # the end of a child, as gunicorn's worker is one, does not end the server
+if os.fork() == 0:
+    sys.exit()  # the end of a child, as gunicorn's worker is one, does not end the server
+os.wait()
 psycopg2.connect(url).close()
 """
 
 
 @pytest.mark.parametrize("moment", ["postgres.new-*/base", "postgres/postmaster.pid"])
-def test_a_first_start_may_be_killed_at_any_moment(tmp_path: Path, moment: str) -> None:
+def test_a_first_start_may_be_killed_at_any_moment(tmp_path, moment):
     words = ["-c", START, str(tmp_path / "postgres"), str(SCHEMA)]
     with subprocess.Popen([sys.executable, *words], cwd=HERE, stderr=subprocess.DEVNULL) as begun:
         eventually(lambda: list(tmp_path.glob(moment)), 30)
         begun.kill()
 
     eventually(lambda: run_command("python", *words).returncode == 0, 30)  # at once, or when the first server is up
-    await_end(tmp_path)
+    eventually(lambda: not is_used(tmp_path))
 
 
-def test_of_first_starts_at_the_same_time_one_creates_the_database(tmp_path: Path) -> None:
+def test_of_first_starts_at_the_same_time_one_creates_the_database(tmp_path, background):
     words = ["python", "-c", START, str(tmp_path / "postgres"), str(SCHEMA)]
 
-    ended = at_once(run_command, *([word] * 3 for word in words))
+    starts = [background.submit(run_command, *words) for _ in range(3)]
 
-    assert [one.returncode for one in ended] == [0, 0, 0]
-    await_end(tmp_path)
-
-
-# Other starts
+    assert [one.result().returncode for one in starts] == [0, 0, 0]
+    eventually(lambda: not is_used(tmp_path))
 
 
-def test_after_a_crash_the_number_in_its_files_may_be_another_servers(postgres: Postgres) -> None:
-    [(other,)] = execute("SHOW data_directory")
+def test_after_a_crash_the_number_in_its_files_may_be_another_servers(faulty, postgres):
+    [(other,)] = postgres.execute("SHOW data_directory")
     number = Path(other, "postmaster.pid").read_text().split()[0]
-    postgres.crash()
-    for file in (postgres.data / "postmaster.pid", postgres.data / ".s.PGSQL.5432.lock"):
+    faulty.crash()
+    for file in (faulty.data / "postmaster.pid", faulty.data / ".s.PGSQL.5432.lock"):
         file.write_text(re.sub(r"\A\d+", number, file.read_text()))
 
-    postgres.start()
+    faulty.start()
 
-    assert postgres.execute("SELECT 1") == [(1,)]
+    assert faulty.execute("SELECT 1") == [(1,)]
 
 
 @pytest.mark.parametrize(
     ("name", "reason"), [("file/x", "file"), ("full", "not empty"), ("x" * 99, "too long"), ("a,b", "comma")]
 )
-def test_one_that_cannot_start_says_why_in_one_line(tmp_path: Path, name: str, reason: str) -> None:
+def test_one_that_cannot_start_says_why_in_one_line(tmp_path, name, reason):
     (tmp_path / "file").touch()
     (tmp_path / "full/notes").mkdir(parents=True)
 
