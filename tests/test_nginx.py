@@ -118,6 +118,23 @@ def test_requests_on_one_connection_each_get_their_own_answer(site, postgres):
     assert postgres.stored() == [("ada", "p", 502)]
 
 
+BEGINNINGS = [POST + b"Content-Length: 200\r\n\r\n{", CHUNKED, GET, b"GET /", b""]
+READER_OF_NOTHING = request_bytes("GET /docs/swagger-ui-bundle.js", connection="keep-alive") * 100
+
+
+@pytest.fixture
+def begin(guarded_site):
+    """Send a beginning of a request over a connection that stays until the test is over, and return it."""
+    with contextlib.ExitStack() as stack:
+
+        def send(beginning):
+            connection = stack.enter_context(guarded_site.connect())
+            connection.sendall(beginning)
+            return connection
+
+        yield send
+
+
 def is_cut_off(connection):
     """Tell whether a connection is closed, after what was sent before."""
     connection.settimeout(1)
@@ -127,24 +144,18 @@ def is_cut_off(connection):
     return True
 
 
-def test_slow_strangers_keep_no_owner_out_and_are_cut_off_when_they_stop(guarded_site):
-    body = POST + b"Content-Length: 200\r\n\r\n{"
-    reader_of_nothing = request_bytes("GET /docs/swagger-ui-bundle.js", connection="keep-alive") * 100
-    with contextlib.ExitStack() as stack:
-        silent, dripping = ([stack.enter_context(guarded_site.connect()) for _ in range(n)] for n in (400, 200))
-        for connection, sent in zip(silent, [body, CHUNKED, GET, b"GET /", b"", reader_of_nothing] * 99, strict=False):
-            connection.sendall(sent)
+def test_slow_strangers_keep_no_owner_out_and_are_cut_off_when_they_stop(guarded_site, begin):
+    silent = [begin(READER_OF_NOTHING), *(begin(beginning) for beginning in BEGINNINGS * 80)]
+    dripping = [begin(BEGINNINGS[0]) for _ in range(200)]
+
+    for _ in range(22):  # eleven seconds
         for connection in dripping:
-            connection.sendall(body)
+            connection.sendall(b" ")
+        answer = guarded_site.request("POST", ADA, json=LINE, headers=token_for("ada"), timeout=5)
+        assert answer.status_code == 200
+        time.sleep(0.5)
 
-        for _ in range(22):  # eleven seconds
-            for connection in dripping:
-                connection.sendall(b" ")
-            answer = guarded_site.request("POST", ADA, json=LINE, headers=token_for("ada"), timeout=5)
-            assert answer.status_code == 200
-            time.sleep(0.5)
-
-        assert all(is_cut_off(connection) for connection in silent)
+    assert all(is_cut_off(connection) for connection in silent)
 
 
 def test_an_instance_that_is_killed_costs_the_request_that_it_had_in_progress(tmp_path, postgres, background):
