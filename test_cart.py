@@ -269,7 +269,7 @@ def test_a_query_must_hold_one_product_and_nothing_else(client, unchanged_cart, 
     assert_problem(client.delete(ADA, query_string=query), 422)
 
 
-@pytest.mark.parametrize("key", ["", " ", '""', '" "', "k" * 256, "é", "\t", "\x7f"])
+@pytest.mark.parametrize("key", ["", " ", '""', '" "', "k" * 256, "ké", "k\tk", "k\x7f"])
 def test_a_bad_key_is_refused(client, unchanged_cart, key):
     assert_problem(client.post(ADA, json=LINE, headers={"Idempotency-Key": key}), 400)
 

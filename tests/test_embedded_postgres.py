@@ -56,6 +56,9 @@ def test_flask_run_keeps_the_carts_through_restarts_and_leaves_nothing_running(c
     assert use(checkout, signal.SIGTERM, 0) == 3
     eventually(lambda: not is_used(checkout))
 
+    assert use(checkout, signal.SIGHUP, 0) == 4  # the terminal is closed
+    eventually(lambda: not is_used(checkout))
+
 
 def test_the_data_are_closed_to_others_and_the_folders_above_stay_as_they_are(checkout):
     before = checkout.stat()

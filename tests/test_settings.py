@@ -169,12 +169,12 @@ def test_a_database_url_may_name_a_driver(start, scheme):
 
 def test_a_setting_may_come_from_a_file(start, tmp_path, monkeypatch):
     (tmp_path / "url").write_text("postgresql://u@h/d\n")
-    (tmp_path / "key").write_text(SECRET)
+    (tmp_path / "key").write_text(f" {SECRET} \n")
     monkeypatch.delenv("DATABASE_URL")
 
     settings, tokens = start(DATABASE_URL_FILE=f"{tmp_path}/url", JWT_KEY_FILE=f"{tmp_path}/key")
 
-    assert SECRET.encode() == tokens.KEY
+    assert tokens.KEY.decode() == f" {SECRET} "  # only the end of the line is no part of it
     assert settings.DATABASE == {"user": "u", "host": "h", "dbname": "d"}
 
 
