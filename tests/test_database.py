@@ -1,4 +1,4 @@
-"""How a statement reaches PostgreSQL that is well: database.py. What PostgreSQL suffers is in test_postgres_faults.py.
+"""How a statement reaches PostgreSQL: database.py, mostly in this process. test_postgres_faults.py crashes PostgreSQL.
 
 Kept here: one hot or held cart does not stop the others, and reads need none of its places. Requests are served in
 their order. Rights and settings that are missing are noticed by /healthz. A migration or a failover costs one error. A
@@ -6,7 +6,6 @@ their order. Rights and settings that are missing are noticed by /healthz. A mig
 """
 
 import contextlib
-import json
 import re
 import time
 
@@ -17,6 +16,7 @@ import database
 from settings import SETTINGS
 from tests.helpers import (
     ADA,
+    BODY,
     ENGINE,
     HERE,
     KEY,
@@ -31,8 +31,6 @@ from tests.helpers import (
     reconnected,
     request_bytes,
 )
-
-BODY = json.dumps(LINE).encode()
 
 # The places of a cart
 
@@ -61,8 +59,9 @@ def test_a_held_cart_refuses_after_two_seconds_whom_it_has_no_place_for(site, po
         eventually(lambda: sum(one.done() for one in held) >= 20 - PLACES)
         assert postgres.waiting() <= PLACES
 
+    # The first ones had the places until their statements were ended (503). Then as many others may have got them.
     statuses = [one.result().status_code for one in held]
-    assert statuses.count(429) >= 20 - 2 * PLACES  # a statement ends after two seconds (503), and leaves its place
+    assert statuses.count(429) >= 20 - 2 * PLACES
     assert postgres.total() == statuses.count(200)
 
 
@@ -105,7 +104,7 @@ def test_requests_that_wait_for_a_connection_are_served_in_their_order(tmp_path,
 
 @pytest.fixture
 def least_privileged(client, postgres):
-    """A client of the service, whose role `shop` has just the rights that the SQL in operating.md gives."""
+    """A client of the service, which has the role `shop` that the SQL in operating.md makes, with few rights."""
     [rights] = re.findall(r"```sql\n(.*?)```", (HERE / "docs/operating.md").read_text(), re.DOTALL)
     postgres.execute(rights)
     with reconnected(user="shop"):
@@ -141,7 +140,7 @@ def test_healthz_is_503_and_livez_200_if_the_carts_cannot_be_used(client, settin
 
 @contextlib.contextmanager
 def connection_of_the_pool():
-    """Give a cursor on the connection that the service in this process uses."""
+    """Give a cursor on the connection that the service in this process uses: after `reconnected` it has one."""
     with contextlib.closing(ENGINE.raw_connection()) as connection, connection.cursor() as cursor:
         yield cursor
 

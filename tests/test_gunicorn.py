@@ -31,7 +31,7 @@ def test_a_client_that_sends_thousands_of_requests_at_once_holds_up_nobody(insta
 
 
 def test_a_stop_answers_what_is_in_progress(tmp_path, postgres, background):
-    patient = f"{URL}&options=-c%20statement_timeout%3D2900ms"  # instead of two seconds
+    patient = f"{URL}&options=-c%20statement_timeout%3D2900ms"  # PostgreSQL would end the statement after 2 s
     with gunicorn(tmp_path / "log", DATABASE_URL=patient) as service:
         with postgres.holding_cart("ada"):
             in_progress = background.submit(service.change)

@@ -116,4 +116,4 @@ def test_a_client_that_hangs_up_leaves_no_line_that_is_not_json(logged, count):
             connection.recv(read)
     assert logged.service.request("GET", "/livez").status_code == 200
 
-    logged.service.entries()  # which raises if a line is not JSON
+    logged.service.entries()  # which raises if a line, as of a traceback, is not JSON

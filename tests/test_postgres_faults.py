@@ -32,7 +32,7 @@ def test_a_200_is_stored_and_a_503_says_what_is_known_through_faults(faulty, on_
     assert shoppers.codes.keys() <= {"made", "unchanged", "unknown"}
     made, maybe_made = shoppers.codes["made"], shoppers.codes["unknown"]
     assert made <= faulty.total() <= made + maybe_made
-    assert len(faulty.sessions()) <= 5
+    eventually(lambda: len(faulty.sessions()) <= 5)  # those that were ended are gone
 
 
 def test_while_it_is_down_each_request_is_a_503_and_then_all_is_as_before(faulty, on_faulty):
@@ -70,7 +70,7 @@ def slow(faulty):
 
 
 def test_under_overload_requests_are_served_or_refused_and_no_connection_is_thrown_away(slow, on_faulty, background):
-    list(background.map(on_faulty.change, ["ada", "bob", "eve", "joe", "kim"] * 2))
+    list(background.map(on_faulty.change, ["ada", "bob", "eve", "joe", "kim"] * 2))  # which opens all connections
     before, others = slow.sessions(), slow.total()
 
     with Shoppers(on_faulty, 80) as shoppers:  # who is behind forty others is refused after two seconds
@@ -105,9 +105,9 @@ def test_a_silent_database_is_given_up_and_holds_up_nobody_else(faulty, on_fault
 
 
 def test_of_several_hosts_a_silent_one_is_not_the_first_for_ever(tmp_path, faulty):
-    silent_first = faulty.url.replace("?host=", f"?host={tmp_path},")
+    silent_first = faulty.url.replace("?host=", f"?host={tmp_path},")  # two hosts, which are folders with a socket
     with socket.socket(socket.AF_UNIX) as silent:
-        silent.bind(f"{tmp_path}/.s.PGSQL.5432")  # libpq's name for the socket of a host that is a folder
+        silent.bind(f"{tmp_path}/.s.PGSQL.5432")
         silent.listen(200)
         with gunicorn(tmp_path / "log", DATABASE_URL=silent_first) as service, Shoppers(service, 8) as shoppers:
             eventually(lambda: "made" in shoppers.codes, 30)

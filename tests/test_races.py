@@ -46,7 +46,7 @@ def test_adds_after_a_set_all_count(site, postgres, background):
         setting = background.submit(site.change, "ada", line("p", 100), method="PATCH")
         postgres.await_waiting(1)
         adding = [background.submit(site.change) for _ in range(20)]
-        postgres.await_waiting(PLACES)  # the lock is given in the order of asking
+        postgres.await_waiting(PLACES)  # the set and some adds; the lock is given in the order of asking
 
     assert [one.result().status_code for one in [setting, *adding]] == [200] * 21
     assert postgres.stored() == [("ada", "p", 120)]
@@ -56,7 +56,7 @@ def test_adds_after_a_set_all_count(site, postgres, background):
 def test_racing_changes_never_overstep_the_bound_of_500_lines(site, postgres, background, method):
     site.change("ada", [line(f"{n:03}") for n in range(499)])
 
-    with postgres.holding("LOCK cart_items IN EXCLUSIVE MODE"):  # nobody may write, all may count
+    with postgres.holding("LOCK cart_items IN EXCLUSIVE MODE"):  # all may count before anybody may write
         racing = [background.submit(site.change, "ada", line(f"new {n}"), method=method) for n in range(32)]
         postgres.await_waiting(PLACES)
 

@@ -53,7 +53,7 @@ INVALID = [
     ({"DATABASE_URL": "postgresql://u:hunter2@h/d?foo=bar"}, "DATABASE_URL must be"),
     ({"DATABASE_URL": "postgresql://u:hunter2%FF@h/d"}, "DATABASE_URL must be"),
     ({"DATABASE_URL": "postgresql://u:hunter2@x/y@h/d"}, "DATABASE_URL must be"),
-    ({"DATABASE_POOL_SIZE": "0"}, "`$.DATABASE_POOL_SIZE`"),
+    ({"DATABASE_POOL_SIZE": "1001"}, "`$.DATABASE_POOL_SIZE`"),
     ({"DATABASE_POOL_SIZE": "hunter2\udcff"}, "DATABASE_POOL_SIZE must be in UTF-8"),  # a byte that is no UTF-8
     ({"DATABASE_PREPARE": "hunter2"}, "`$.DATABASE_PREPARE`"),
     ({"WEB_CONCURRENCY": "0"}, "`$.WEB_CONCURRENCY`"),
@@ -131,8 +131,6 @@ OPEN_CARTS = [
     {"PUBLISH": "localhost"},
     {"PUBLISH": "[::1]"},
     {"PUBLISH": "0.0.0.0", "OPEN": "true"},
-    {"CORS_ORIGINS": "*"},
-    {"CORS_ORIGINS": "http://[::1]:3000, https://a:8443,capacitor://localhost, http://a:443"},
 ]
 ASKING_FOR_TOKENS = [
     {"PUBLISH": "0.0.0.0", "JWT_KEY": SECRET},
@@ -157,6 +155,13 @@ def test_tokens_are_asked_for_with_a_key_or_an_issuer(start, variables):
     _, tokens = start(**variables)
 
     assert tokens.KEY or tokens.ISSUER
+
+
+@pytest.mark.parametrize("origins", ["*", "http://[::1]:3000, https://a:8443,capacitor://localhost, http://a:443"])
+def test_origins_are_as_browsers_send_them(start, origins):
+    settings, _ = start(CORS_ORIGINS=origins)
+
+    assert settings.SETTINGS.cors_origins == origins
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2", "postgresql+asyncpg"])
