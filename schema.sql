@@ -32,8 +32,8 @@ CREATE TABLE IF NOT EXISTS cart_items (
 -- The schema that was released goes to testdata/, from where the tests upgrade it.
 
 -- 4.0.0: when a line was made, for the cart's order. The lines that are there get one time, without a rewrite of the
--- table. ADD COLUMN IF NOT EXISTS would lock the table even if there is nothing to do. Tables are locked in the order
--- in which change_cart writes to them: in another order a loading and a change could deadlock.
+-- table. ADD COLUMN IF NOT EXISTS would lock the table even if there is nothing to do. A change with a key locks a row
+-- of idempotency_keys, writes to cart_items, then to idempotency_keys: locks in another order could deadlock with it.
 DO $$ BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'cart_items'::regclass AND attname = 'added_at') THEN
         ALTER TABLE cart_items ADD COLUMN added_at timestamptz NOT NULL DEFAULT now();

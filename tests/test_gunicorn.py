@@ -21,6 +21,7 @@ def read_answers(connection, count):
 
 
 def test_a_client_that_sends_thousands_of_requests_at_once_holds_up_nobody(instances, background):
+    """As `finish` in gunicorn.conf.py lets others run after each answer."""
     with instances[0].connect() as hasty:
         hasty.sendall(LIVEZ * 5000)
         reading = background.submit(read_answers, hasty, 5000)
@@ -31,13 +32,13 @@ def test_a_client_that_sends_thousands_of_requests_at_once_holds_up_nobody(insta
 
 
 def test_a_stop_answers_what_is_in_progress(tmp_path, postgres, background):
-    patient = f"{URL}&options=-c%20statement_timeout%3D2900ms"  # PostgreSQL would end the statement after 2 s
+    patient = f"{URL}&options=-c%20statement_timeout%3D2900ms"  # instead of 2 s
     with gunicorn(tmp_path / "log", DATABASE_URL=patient) as service:
         with postgres.holding_cart("ada"):
             in_progress = background.submit(service.change)
             postgres.await_waiting(1)
             service.begin_stop()
-            time.sleep(2.2)
+            time.sleep(2.2)  # this statement may take longer than 2 s
 
         assert in_progress.result().json() == {"user_id": "ada", "product_id": "p", "quantity": 1}
         assert service.process.wait(10) == 0

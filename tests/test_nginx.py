@@ -30,12 +30,11 @@ from tests.helpers import (
     token_for,
 )
 
-# The end of a first line, with some fields; then beginnings of requests, which more fields or a blank line may follow.
-FIELDS = b" HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
-GET = b"GET /cart/users/ada" + FIELDS
+FIELDS = b" HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"  # with the end of the first line
+GET = b"GET /cart/users/ada" + FIELDS  # more fields or a blank line may follow
 POST = b"POST /cart/users/ada" + FIELDS
-CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-LONGEST = b"GET /" + b"x" * (8000 - len(b"GET / HTTP/1.1\r\n"))  # begins a first line of 8,000 bytes
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"  # chunks may follow
+LONGEST = b"GET /" + b"x" * (8000 - len(b"GET / HTTP/1.1\r\n"))  # FIELDS follow: a first line of 8,000 bytes
 
 
 def assert_refused(answer, status, code=None):
@@ -54,14 +53,14 @@ HOSTILE = {
     "an unknown coding": (501, POST + b"Transfer-Encoding: gzip\r\n\r\n{}"),
     "a field of 9 kB": (431, GET + b"X: " + b"x" * 9_000 + b"\r\n\r\n"),
     "a head of 35 kB": (431, GET + (b"X: " + b"x" * 7000 + b"\r\n") * 5 + b"\r\n"),
-    "101 fields": (431, GET + b"X: x\r\n" * 101 + b"\r\n"),
+    "92 fields": (431, GET + b"X: x\r\n" * 90 + b"\r\n"),
     "a first line of 8,001 bytes": (414, LONGEST + b"x" + FIELDS + b"\r\n"),
     "TRACE": (405, b"TRACE /cart/users/ada" + FIELDS + b"\r\n"),
     "another version": (505, b"GET / HTTP/3.0\r\n\r\n"),
     "no HTTP": (400, b"\x16\x03\x01\r\n\r\n"),
     "the proxy's own page": (404, b"GET /problem" + FIELDS + b"\r\n"),
 }
-TARGETS = [b"\xff\xfe", b"ada\xa0", b"ada\x85", b"ada?\xa0", b"ada?\x85", b"ada?product_id=p\xa0"]
+TARGETS = [b"\xff\xfe", b"ada\xa0", b"ada?\x85", b"ada?product_id=p\xa0"]
 
 
 @pytest.mark.parametrize(("status", "sent"), HOSTILE.values(), ids=HOSTILE)
@@ -103,11 +102,11 @@ def test_a_body_in_chunks_is_passed_on(site, postgres):
 
 
 def test_a_request_is_passed_on_when_it_is_whole(httpserver, tmp_path):
+    httpserver.expect_request(path("bob")).respond_with_data("served")
     with nginx(tmp_path, f"http://127.0.0.1:{httpserver.port}") as proxy, proxy.connect() as connection:
         connection.sendall(POST + b"Content-Length: 99\r\n\r\n" + BODY)
-        time.sleep(0.2)  # it would have been passed on by then
-        # The server takes one request at a time: half a one would hold it up. To others it answers 500 by itself.
-        assert proxy.get("bob").status_code == 500
+        time.sleep(0.2)  # it would have been passed on by then, and would hold up the server, which takes one at a time
+        assert proxy.get("bob").text == "served"
 
 
 def test_requests_on_one_connection_each_get_their_own_answer(site, postgres):
@@ -147,7 +146,7 @@ def begin(guarded_site):
 
 
 def assert_cut_off(connection):
-    """Assert that a connection is closed or reset, after what was sent before: else it times out."""
+    """Assert that a connection is closed or reset, after what was sent before. Else TimeoutError is raised."""
     connection.settimeout(1)
     with contextlib.suppress(ConnectionError):
         while connection.recv(65536):

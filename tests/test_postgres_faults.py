@@ -60,7 +60,7 @@ def test_sessions_that_ended_while_idle_cost_one_error(faulty, on_faulty, backgr
 
 @pytest.fixture
 def slow(faulty):
-    """A PostgreSQL in which each addition takes a quarter of a second: twenty in a second, on five connections."""
+    """A PostgreSQL in which each addition takes a quarter of a second, also one to a line that is there."""
     faulty.execute("""
         CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.25); RETURN NEW; END';
         CREATE TRIGGER pause BEFORE INSERT ON cart_items FOR EACH ROW EXECUTE FUNCTION pause()
@@ -73,7 +73,7 @@ def test_under_overload_requests_are_served_or_refused_and_no_connection_is_thro
     list(background.map(on_faulty.change, ["ada", "bob", "eve", "joe", "kim"] * 2))  # which opens all connections
     before, others = slow.sessions(), slow.total()
 
-    with Shoppers(on_faulty, 80) as shoppers:  # who is behind forty others is refused after two seconds
+    with Shoppers(on_faulty, 80) as shoppers:  # five connections serve 40 in two seconds: the others are refused
         shoppers.await_answers(120)
 
     assert len(before) == 5 and slow.sessions() == before

