@@ -48,7 +48,8 @@ FEW = 4
 class CartMachine(RuleBasedStateMachine):
     """Carts of a few lines at most, each beside a Counter, whose keys keep the order in which they were added.
 
-    An example is a new CartMachine, up to twelve of its rules, with random values, and the invariant after each.
+    An example is a new CartMachine: Hypothesis calls up to twelve of the methods with @rule, in a random order and with
+    random values, and the invariant after each. The others are helpers.
     """
 
     users = st.sampled_from(USERS)

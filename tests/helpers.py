@@ -318,7 +318,7 @@ class Issuer:
 
     def hang(self) -> None:
         """Send the head of answers at once, and nothing more until `recover`, from now on."""
-        self.drip(b"")  # Werkzeug sends the head with the first part, even an empty one
+        self.drip(b"")  # with its first part Werkzeug sends the head; an empty one sends nothing more
 
     def drip(self, drop: bytes = b" ") -> None:
         """Send the head of answers at once, and then a drop every half second until `recover`, from now on."""
@@ -390,7 +390,8 @@ def running(
     mirakuru starts it in a process group of its own, waits for any answer at the path `ready`, and kills the group.
     """
     with log.open("ab") as output:
-        # Without the variable by which mirakuru would find and kill a PostgreSQL that is to outlive the program.
+        # mirakuru marks what it starts by a variable, and kills at the end all that has it. Without it a private
+        # PostgreSQL can outlive the program that started it.
         command = ["env", "-u", "mirakuru_uuid", str(BINARIES / words[0]), *words[1:]]
         options: Any = {"cwd": folder, "envvars": settings or {}, "stdout": output, "stderr": output, "timeout": 30}
         with HTTPExecutor(command, url + ready, status=r"\d+", stop_signal=signal.SIGKILL, **options) as executor:

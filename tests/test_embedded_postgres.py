@@ -27,7 +27,7 @@ def checkout(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("DATABASE_URL")  # .flaskenv says `private`
     monkeypatch.setenv("PGPORT", "1")
     monkeypatch.setenv("LC_ALL", "xx_XX.UTF-8")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # children would inherit that it is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     folder = tmp_path_factory.mktemp('it\'s "a" folder é 5%;$(x)&')
     for file in (*HERE.glob("*.py"), HERE / ".flaskenv", HERE / "openapi.yaml", SCHEMA):
         shutil.copy(file, folder)
@@ -89,7 +89,8 @@ def test_a_first_start_may_be_killed(tmp_path, start, seen):
         eventually(lambda: list(tmp_path.glob(seen)), 30)
         begun.kill()
 
-    # If a server was begun, a start fails until that is up. Then one takes it over, and ends it.
+    # If initdb was killed, the next start creates anew. If pg_ctl was, starts fail until the server is up; then one takes
+    # it over, and ends it.
     eventually(lambda: run_command(*start).returncode == 0, 30)
     eventually(lambda: not is_used(tmp_path), 20)
 

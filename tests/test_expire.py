@@ -75,7 +75,7 @@ def test_a_cart_with_a_locked_line_is_left_whole(old_carts, postgres):
 
 @pytest.fixture
 def lock_of_paused(postgres):
-    """The SQL that takes lock 1, for which the command waits where it removes what the user `paused` has."""
+    """SQL that takes a lock: while it is held, the command waits where it removes a row of the user `paused`."""
     postgres.execute("""
         CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql
         AS 'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN OLD; END';
@@ -98,7 +98,8 @@ def test_carts_are_removed_one_by_one_and_those_that_are_changed_meanwhile_are_k
 
     with postgres.holding(lock_of_paused):
         expired = background.submit(expire, "--days", "8")
-        postgres.await_waiting(1)  # some carts are gone, which the posts make anew, and some are still to come
+        # Whether in the order of names or in PostgreSQL's: some carts are gone, which are made anew; some are to come.
+        postgres.await_waiting(1)
         assert {client.post(path(user_id), json=LINE).status_code for user_id in users} == {200}
     carts, _ = expired.result()
 
@@ -123,7 +124,7 @@ def test_keys_are_removed_in_batches_and_those_that_are_used_again_are_not_held_
         expired = background.submit(expire)
         postgres.await_waiting(1)  # the first batch is committed
         assert client.post(ADA, json=LINE, headers={"Idempotency-Key": "1"}).status_code == 200
-        # This one would be removed next, but is new again then.
+        # This one would be removed next. The DELETE looks at it again then.
         assert client.post(path("late"), json=LINE, headers={"Idempotency-Key": "1"}).status_code == 200
 
     assert expired.result() == (0, 10_000 + 1)

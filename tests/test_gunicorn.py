@@ -32,13 +32,14 @@ def test_a_client_that_sends_thousands_of_requests_at_once_holds_up_nobody(insta
 
 
 def test_a_stop_answers_what_is_in_progress(tmp_path, postgres, background):
-    patient = f"{URL}&options=-c%20statement_timeout%3D2900ms"  # instead of 2 s
+    # The request is held for longer than statements may take (2 s), and shorter than the service waits (3 s, 5 s).
+    patient = f"{URL}&options=-c%20statement_timeout%3D2900ms"
     with gunicorn(tmp_path / "log", DATABASE_URL=patient) as service:
         with postgres.holding_cart("ada"):
             in_progress = background.submit(service.change)
             postgres.await_waiting(1)
             service.begin_stop()
-            time.sleep(2.2)  # this statement may take longer than 2 s
+            time.sleep(2.2)
 
         assert in_progress.result().json() == {"user_id": "ada", "product_id": "p", "quantity": 1}
         assert service.process.wait(10) == 0

@@ -108,6 +108,7 @@ def test_a_start_says_by_what_tokens_are_asked_for(tmp_path, name, value, said):
 
 @pytest.mark.parametrize("count", [1, 20], ids=["within an answer", "within several answers"])
 def test_a_client_that_hangs_up_leaves_no_line_that_is_not_json(logged, count):
+    """As `access` in gunicorn.conf.py has it: the status of such a request is no number."""
     for read in (1, 1000, 3000):
         with logged.service.connect() as connection:
             # It ends with a reset instead of an orderly close.

@@ -158,7 +158,7 @@ def test_slow_strangers_keep_no_owner_out_and_are_cut_off_ten_seconds_after_thei
     reading_nothing = begin(LARGE_ANSWERS)
     dripping = [begin(PART_OF_A_BODY) for _ in range(200)]
 
-    for _ in range(22):  # eleven seconds
+    for _ in range(22):  # eleven seconds, in which those that drip are never silent for ten
         for connection in dripping:
             connection.sendall(b" ")
         answer = guarded_site.request("POST", ADA, json=LINE, headers=token_for("ada"), timeout=5)

@@ -73,7 +73,8 @@ def test_under_overload_requests_are_served_or_refused_and_no_connection_is_thro
     list(background.map(on_faulty.change, ["ada", "bob", "eve", "joe", "kim"] * 2))  # which opens all connections
     before, others = slow.sessions(), slow.total()
 
-    with Shoppers(on_faulty, 80) as shoppers:  # five connections serve 40 in two seconds: the others are refused
+    # Five connections serve twenty requests a second, so 40 of 80 shoppers wait for two seconds, and are refused.
+    with Shoppers(on_faulty, 80) as shoppers:
         shoppers.await_answers(120)
 
     assert len(before) == 5 and slow.sessions() == before
@@ -105,7 +106,8 @@ def test_a_silent_database_is_given_up_and_holds_up_nobody_else(faulty, on_fault
 
 
 def test_of_several_hosts_a_silent_one_is_not_the_first_for_ever(tmp_path, faulty):
-    silent_first = faulty.url.replace("?host=", f"?host={tmp_path},")  # two hosts, which are folders with a socket
+    # Two hosts, which are folders with a socket. `load_balance_hosts` in database.py has libpq begin with either.
+    silent_first = faulty.url.replace("?host=", f"?host={tmp_path},")
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(f"{tmp_path}/.s.PGSQL.5432")
         silent.listen(200)

@@ -112,10 +112,13 @@ INSERT_KEY = """
 
 
 def assert_at_work(client):
-    """Assert that the service works, and that the keys that were there count: only they know the answer 7."""
+    """Assert that the service works, and that the keys that were there count: only they know the answer 7.
+
+    It is called several times: the key of ada's is made in the first.
+    """
     assert client.post(path("by line"), json=line("p", 2), headers=KEY).get_json()["quantity"] == 7
     assert lines_of(client.post(path("by list"), json=[line("p", 2)], headers=KEY)) == [("p", 7)]
-    assert client.post(ADA, json=line("p", 2), headers=KEY).get_json()["quantity"] == 2  # made in the first call
+    assert client.post(ADA, json=line("p", 2), headers=KEY).get_json()["quantity"] == 2
     assert client.get("/healthz").status_code == 200
 
 
