@@ -133,6 +133,15 @@ TestCart = CartMachine.TestCase  # which pytest runs
 TestCart.settings = settings(max_examples=40, stateful_step_count=12, deadline=None, phases=[Phase.generate])
 
 
+def test_a_line_that_a_list_takes_away_makes_room_in_it(client, monkeypatch):
+    monkeypatch.setattr(cart, "MAX_LINES", 2)
+    client.post(ADA, json=line("a"))
+
+    response = client.post(ADA, json=[line("b"), line("a", -1), line("c")])
+
+    assert lines_of(response) == [("b", 1), ("a", 0), ("c", 1)]
+
+
 # Keys
 
 

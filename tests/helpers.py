@@ -317,11 +317,11 @@ class Issuer:
         self.server.expect_request("/keys").respond_with_data(text, status)
 
     def hang(self) -> None:
-        """Send the head of answers at once, and nothing more until `recover`, from now on."""
-        self.drip(b"")  # with its first part Werkzeug sends the head; an empty one sends nothing more
+        """Send the head of answers, and nothing more until `recover`, from now on."""
+        self.drip(b"")  # with the first part Werkzeug sends the head, and an empty part is nothing more
 
     def drip(self, drop: bytes = b" ") -> None:
-        """Send the head of answers at once, and then a drop every half second until `recover`, from now on."""
+        """Send answers by a drop every half second until `recover`, from now on."""
 
         def drops() -> Iterator[bytes]:
             while not self.has_recovered.wait(0.5):
@@ -390,8 +390,8 @@ def running(
     mirakuru starts it in a process group of its own, waits for any answer at the path `ready`, and kills the group.
     """
     with log.open("ab") as output:
-        # mirakuru marks what it starts by a variable, and kills at the end all that has it. Without it a private
-        # PostgreSQL can outlive the program that started it.
+        # mirakuru marks what it starts by a variable, and at the end kills all that has it. It is taken away, so that a
+        # private PostgreSQL outlives a program that is killed, as it does for users.
         command = ["env", "-u", "mirakuru_uuid", str(BINARIES / words[0]), *words[1:]]
         options: Any = {"cwd": folder, "envvars": settings or {}, "stdout": output, "stderr": output, "timeout": 30}
         with HTTPExecutor(command, url + ready, status=r"\d+", stop_signal=signal.SIGKILL, **options) as executor:
@@ -431,7 +431,7 @@ def nginx(folder: Path, *urls: str) -> Iterator[Service]:
 
 
 def run_command(*words: str, folder: Path = HERE, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end."""
+    """Run a program, of BINARIES or by an absolute path, to its end."""
     command, env = [str(BINARIES / words[0]), *words[1:]], {**os.environ, **settings}
     return subprocess.run(command, cwd=folder, env=env, check=False, capture_output=True, text=True, timeout=60)
 

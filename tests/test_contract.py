@@ -75,7 +75,8 @@ def full(guarded):
     return guarded
 
 
-# What path, headers and body have the answer of an example, by each method that has it. GET and DELETE ignore the body.
+# The name of an example, and path, headers and body of a request that is answered by it. It is sent by each method that
+# has the example in openapi.yaml. GET and DELETE ignore the body.
 BY_A_REQUEST = {
     "not_json": (ADA, AS_ADA, '{"product_id": "p"'),
     "not_said_json": (ADA, {**AS_ADA, "Content-Type": "text/plain"}, "{}"),

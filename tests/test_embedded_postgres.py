@@ -27,7 +27,8 @@ def checkout(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("DATABASE_URL")  # .flaskenv says `private`
     monkeypatch.setenv("PGPORT", "1")
     monkeypatch.setenv("LC_ALL", "xx_XX.UTF-8")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    # If pytest runs in the background of a shell, SIGINT is ignored, and children would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = tmp_path_factory.mktemp('it\'s "a" folder é 5%;$(x)&')
     for file in (*HERE.glob("*.py"), HERE / ".flaskenv", HERE / "openapi.yaml", SCHEMA):
         shutil.copy(file, folder)
@@ -89,8 +90,8 @@ def test_a_first_start_may_be_killed(tmp_path, start, seen):
         eventually(lambda: list(tmp_path.glob(seen)), 30)
         begun.kill()
 
-    # If initdb was killed, the next start creates anew. If pg_ctl was, starts fail until the server is up; then one takes
-    # it over, and ends it.
+    # initdb or pg_ctl goes on. In the first case the next start creates anew; in the second one starts fail until the
+    # server is up, and then one takes it over and ends it.
     eventually(lambda: run_command(*start).returncode == 0, 30)
     eventually(lambda: not is_used(tmp_path), 20)
 

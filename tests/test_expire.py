@@ -98,8 +98,9 @@ def test_carts_are_removed_one_by_one_and_those_that_are_changed_meanwhile_are_k
 
     with postgres.holding(lock_of_paused):
         expired = background.submit(expire, "--days", "8")
-        # Whether in the order of names or in PostgreSQL's: some carts are gone, which are made anew; some are to come.
         postgres.await_waiting(1)
+        # `paused` is neither first nor last, by name or in the order of GROUP BY: some carts are gone, which are made
+        # anew now, and some are still to be removed, which are changed now.
         assert {client.post(path(user_id), json=LINE).status_code for user_id in users} == {200}
     carts, _ = expired.result()
 
@@ -124,7 +125,7 @@ def test_keys_are_removed_in_batches_and_those_that_are_used_again_are_not_held_
         expired = background.submit(expire)
         postgres.await_waiting(1)  # the first batch is committed
         assert client.post(ADA, json=LINE, headers={"Idempotency-Key": "1"}).status_code == 200
-        # This one would be removed next. The DELETE looks at it again then.
+        # The DELETE, which waits, has chosen this one too. It looks at it again when it gets there.
         assert client.post(path("late"), json=LINE, headers={"Idempotency-Key": "1"}).status_code == 200
 
     assert expired.result() == (0, 10_000 + 1)

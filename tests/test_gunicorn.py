@@ -32,7 +32,7 @@ def test_a_client_that_sends_thousands_of_requests_at_once_holds_up_nobody(insta
 
 
 def test_a_stop_answers_what_is_in_progress(tmp_path, postgres, background):
-    # The request is held for longer than statements may take (2 s), and shorter than the service waits (3 s, 5 s).
+    # The request takes longer than others may (2 s), and shorter than SILENCE_TIMEOUT (3 s) and graceful_timeout (5 s).
     patient = f"{URL}&options=-c%20statement_timeout%3D2900ms"
     with gunicorn(tmp_path / "log", DATABASE_URL=patient) as service:
         with postgres.holding_cart("ada"):

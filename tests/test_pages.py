@@ -8,8 +8,13 @@ import pytest
 from tests.helpers import ADA, LINE, ORIGINS, token_for
 
 PREFLIGHT = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "idempotency-key"}
-# The first and the third are what two of ORIGINS match if they are taken for patterns.
-OTHERS = ["http://1:3000", "https://shop.example.evil", "https://shopxexample", "http://shop.example", "null"]
+OTHERS = [
+    "http://1:3000",  # which http://[::1]:3000 matches as a pattern
+    "https://shopxexample",  # which https://shop.example matches as a pattern
+    "https://shop.example.evil",
+    "http://shop.example",
+    "null",
+]
 
 
 @pytest.mark.parametrize("origin", ORIGINS)

@@ -112,9 +112,9 @@ INSERT_KEY = """
 
 
 def assert_at_work(client):
-    """Assert that the service works, and that the keys that were there count: only they know the answer 7.
+    """Assert that the service works, and that keys count.
 
-    It is called several times: the key of ada's is made in the first.
+    Those of INSERT_KEY have the answer 7 to the same changes. Ada's is made by the first call, and repeated by others.
     """
     assert client.post(path("by line"), json=line("p", 2), headers=KEY).get_json()["quantity"] == 7
     assert lines_of(client.post(path("by list"), json=[line("p", 2)], headers=KEY)) == [("p", 7)]

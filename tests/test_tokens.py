@@ -53,7 +53,8 @@ NO_TOKENS = {
     "a scheme alone": "Bearer",
     "not base64": "Bearer \xff.\xff.\xff",
     "a surrogate in the header": "Bearer " + jwt.encode({}, SECRET, headers={"crit": ["\ud800"]}),
-    "a header that is nested too deep for Python": f"Bearer {base64.urlsafe_b64encode(b'[' * 3000).decode()}.e30.x",
+    # Python's JSON fails with a RecursionError, of which PyJWT makes a DecodeError.
+    "a deep header": f"Bearer {base64.urlsafe_b64encode(b'[' * 3000).decode()}.e30.x",
 }
 
 
@@ -261,8 +262,8 @@ def test_a_mixed_set_lets_nobody_in_who_misuses_a_key(read, issuer, key, algorit
     assert read(signed({"sub": "ada", "exp": FOREVER}, key, algorithm, key_id)) == 401
 
 
-# In a real worker, for gevent's timeouts, which do not end anything in pytest's threads: half a second for a known key,
-# three for a fetch. In threads only PyJWT ends one, after two seconds without a part of the answer.
+# These need a real worker: gevent's timeouts (half a second for a known key, three for a fetch) have no effect in the
+# threads of pytest. Above, a fetch ended by PyJWT's own timeout of two seconds.
 
 HURRIED = """
 import tokens
