@@ -66,12 +66,12 @@ def test_a_refused_token_is_logged_with_the_requests_id(logged):
     assert (entry["level"], entry["message"]) == ("INFO", "a token was refused: DecodeError")
 
 
-def test_the_access_log_has_the_path_as_it_was_sent_and_no_secrets(logged):
+def test_the_access_log_has_method_and_path_as_they_were_sent_and_no_secrets(logged):
     headers = {"X-Request-Id": "secret or not", "Authorization": "hunter2"}
-    logged.proxy.request("GET", "/cart/%0A%22%FF%5C?access_token=hunter2", headers=headers)
+    logged.proxy.request("TRACE", "/cart/%0A%22%FF%5C?access_token=hunter2", headers=headers)
 
     [entry] = logged.of_proxy("secret or not")
-    assert entry["path"] == "/cart/%0A%22%FF%5C"
+    assert (entry["method"], entry["path"]) == ("TRACE", "/cart/%0A%22%FF%5C")
     assert "hunter2" not in logged.proxy.log.read_text() + logged.service.log.read_text()
 
 
