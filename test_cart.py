@@ -130,7 +130,7 @@ class CartMachine(RuleBasedStateMachine):
 
 TestCart = CartMachine.TestCase  # which pytest runs
 # A failure prints the rules that ran. Phase.shrink would make them fewer, in minutes.
-TestCart.settings = settings(max_examples=40, stateful_step_count=12, deadline=None, phases=[Phase.generate])
+TestCart.settings = settings(max_examples=30, stateful_step_count=12, deadline=None, phases=[Phase.generate])
 
 
 def test_a_line_that_a_list_takes_away_makes_room_in_it(client, monkeypatch):

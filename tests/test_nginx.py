@@ -11,6 +11,7 @@ import json
 import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import pytest
@@ -44,6 +45,14 @@ def assert_refused(answer, status, code=None):
     assert answer.headers["Access-Control-Expose-Headers"] == "Retry-After, X-Request-Id"
     assert answer.headers.get("Allow") == ("DELETE, GET, HEAD, OPTIONS, PATCH, POST" if status == 405 else None)
     assert len(answer.headers["X-Request-Id"]) == 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unanswered(tmp_path_factory):
+    """A change that a service takes and never answers: it goes on beside the tests of this file, for nine seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor() as pool:
+        with nginx(tmp_path_factory.mktemp("silent"), f"http://127.0.0.1:{silent.getsockname()[1]}") as proxy:
+            yield pool.submit(proxy.change)
 
 
 # nginx.conf's bounds: 1 MiB for a body, 8,000 bytes for a line of the head, and four such, 90 fields.
@@ -204,7 +213,5 @@ def test_while_no_instance_is_up_the_proxy_answers_503_and_then_serves_the_new_o
             eventually(lambda: proxy.change().status_code == 200, 2)
 
 
-def test_a_service_that_does_not_answer_is_a_503_within_ten_seconds(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with nginx(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}") as proxy:
-            assert_refused(proxy.change(), 503, "unknown")
+def test_a_service_that_does_not_answer_is_a_503_within_ten_seconds(unanswered):
+    assert_refused(unanswered.result(), 503, "unknown")

@@ -32,7 +32,6 @@ def test_a_200_is_stored_and_a_503_says_what_is_known_through_faults(faulty, on_
     assert shoppers.codes.keys() <= {"made", "unchanged", "unknown"}
     made, maybe_made = shoppers.codes["made"], shoppers.codes["unknown"]
     assert made <= faulty.total() <= made + maybe_made
-    eventually(lambda: len(faulty.sessions()) <= 5)  # those that were ended are gone
 
 
 def test_while_it_is_down_each_request_is_a_503_and_then_all_is_as_before(faulty, on_faulty):
@@ -75,7 +74,7 @@ def test_under_overload_requests_are_served_or_refused_and_no_connection_is_thro
 
     # Five connections serve twenty requests a second, so 40 of 80 shoppers wait for two seconds, and are refused.
     with Shoppers(on_faulty, 80) as shoppers:
-        shoppers.await_answers(120)
+        shoppers.await_answers(100)
 
     assert len(before) == 5 and slow.sessions() == before
     assert shoppers.codes.keys() == {"made", "unchanged"}
