@@ -99,8 +99,8 @@ def test_carts_are_removed_one_by_one_and_those_that_are_changed_meanwhile_are_k
     with postgres.holding(lock_of_paused):
         expired = background.submit(expire, "--days", "8")
         postgres.await_waiting(1)
-        # `paused` is neither first nor last, by name or in the order of GROUP BY: some carts are gone, which are made
-        # anew now, and some are still to be removed, which are changed now.
+        # PostgreSQL chooses the order: some carts are gone, which are made anew now, and some are still to be removed,
+        # which are changed now.
         assert {client.post(path(user_id), json=LINE).status_code for user_id in users} == {200}
     carts, _ = expired.result()
 

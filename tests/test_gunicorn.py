@@ -63,7 +63,7 @@ def test_a_stop_under_load_loses_nothing_and_logs_no_error(tmp_path, postgres):
             shoppers.await_answers(300)
         assert one.process.wait(10) == 0
 
-    assert shoppers.codes["unknown"] <= 8  # one each, sent when the instance had stopped to take connections
+    assert shoppers.codes["unknown"] <= 8  # one each, sent just as the instance closed the connection
     assert postgres.total() == shoppers.codes["made"]
     assert not {"ERROR", "CRITICAL"} & {entry["level"] for entry in one.entries()}
 

@@ -72,7 +72,8 @@ def test_under_overload_requests_are_served_or_refused_and_no_connection_is_thro
     list(background.map(on_faulty.change, ["ada", "bob", "eve", "joe", "kim"] * 2))  # which opens all connections
     before, others = slow.sessions(), slow.total()
 
-    # Five connections serve twenty requests a second, so 40 of 80 shoppers wait for two seconds, and are refused.
+    # Five connections serve twenty requests a second. So of 80 shoppers, each with a cart of their own, 40 wait for two
+    # seconds, and are refused.
     with Shoppers(on_faulty, 80) as shoppers:
         shoppers.await_answers(100)
 

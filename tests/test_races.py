@@ -58,7 +58,7 @@ def test_adds_after_a_set_all_count(site, postgres, background):
 def test_racing_changes_never_overstep_the_bound_of_500_lines(site, postgres, background, method):
     site.change("ada", [line(f"{n:03}") for n in range(499)])
 
-    # They may read and not write: without the cart's lock all would count 499 lines before one adds another.
+    # One waits for this lock, the others for the cart's. Without that all would count 499 before one adds another.
     with postgres.holding("LOCK cart_items IN EXCLUSIVE MODE"):
         racing = [background.submit(site.change, "ada", line(f"new {n}"), method=method) for n in range(32)]
         postgres.await_waiting(PLACES)
