@@ -100,15 +100,16 @@ def run(name: str, *values: object) -> list[Any]:
     if not pool_places.acquire(timeout=QUEUE_TIMEOUT):
         raise SQLAlchemyError("no connection became free in time")
     try:
-        connection: Any = db.engine.raw_connection()
-        with closing(connection), connection.cursor() as cursor:
+        pool: Any = db.engine.pool
+        with closing(pool.connect()) as connection, connection.cursor() as cursor:
             try:
                 cursor.execute(sql, values)
                 return list(cursor.fetchall())
             except psycopg2.Error as error:
                 if cursor.connection.closed or isinstance(error, OUTDATED):
                     connection.invalidate()
-                    db.engine.dispose()  # after a restart, a failover or a migration the idle ones fail too
+                    if pool is db.engine.pool:  # after a restart, a failover or a migration its idle ones fail too
+                        db.engine.dispose()  # once: the next pool may be in use already
                 raise
     finally:
         pool_places.release()

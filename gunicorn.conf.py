@@ -64,9 +64,8 @@ def when_ready(server: Any) -> None:
     if not (tokens.KEY or tokens.ISSUER):
         server.log.warning("Tokens are not asked for: all who reach this service may use every cart.")
     else:
-        server.log.info(
-            "Tokens are asked for: %s, by %s", tokens.ALGORITHM, "JWT_KEY" if tokens.KEY else "JWT_JWKS_URL"
-        )
+        source = "JWT_KEY" if tokens.KEY else "JWT_JWKS_URL"
+        server.log.info("Tokens are asked for: %s, by %s", tokens.ALGORITHM, source)
 
 
 def post_fork(server: Any, worker: Any) -> None:

@@ -32,6 +32,7 @@ def test_a_200_is_stored_and_a_503_says_what_is_known_through_faults(faulty, on_
     assert shoppers.codes.keys() <= {"made", "unchanged", "unknown"}
     made, maybe_made = shoppers.codes["made"], shoppers.codes["unknown"]
     assert made <= faulty.total() <= made + maybe_made
+    eventually(lambda: len(faulty.sessions()) <= 5)  # those that were ended are gone
 
 
 def test_while_it_is_down_each_request_is_a_503_and_then_all_is_as_before(faulty, on_faulty):
